@@ -1,0 +1,131 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""The base class of every MoeVlm module, and everything that differs between transformers 4.57 and 5.x."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from .configuration_moevlm import AUTO_MAP, MoeVlmConfig
+from .experts_moevlm import MoeVlmExperts, MoeVlmRouter
+
+try:  # transformers 5
+    from transformers import initialization as init
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+except ImportError:  # transformers 4
+    from torch.nn import init
+    from transformers.utils.generic import OutputRecorder, check_model_inputs
+
+    capture_outputs = check_model_inputs
+
+    def merge_with_config_defaults(forward):
+        return forward
+
+
+IS_TRANSFORMERS_5 = hasattr(PreTrainedModel, "_can_set_experts_implementation")
+
+# What a checkpoint needs to be loaded elsewhere with trust_remote_code=True.
+SHIPPED = ("configuration", "base", "experts", "vision", "modeling", "processing")
+
+
+def recorded(forward):
+    """Let `output_hidden_states`, `output_attentions` and `output_router_logits` fill the outputs of `forward`."""
+    return merge_with_config_defaults(capture_outputs(forward))
+
+
+def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, position_ids, segment_ids, kwargs):
+    """The causal mask in the form that the configured attention implementation takes, or None.
+
+    Args:
+        config: Decoder config.
+        inputs_embeds: `(B, S, D)`; only shape, dtype and device are read.
+        attention_mask: `(B, T)`, 1 for a real token, or an already prepared 4-D mask, returned as it is.
+        past_key_values: Cache of T - S tokens, or None.
+        position_ids: `(B, S)` or `(1, S)`.
+        segment_ids: `(B, S)` or None; with it, token i sees token j <= i only where j's segment is 0 or i's own.
+        kwargs: Of the forward; transformers 4 passes `cache_position` in it.
+    """
+    arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
+    if segment_ids is not None:
+
+        def same_segment(batch, head, query, key):
+            segment = segment_ids[batch, key]
+            return (segment == 0) | (segment == segment_ids[batch, query])
+
+        # Positions that start again would be read as packed sequences, which segments already describe.
+        arguments.update(and_mask_function=same_segment, position_ids=None)
+    if IS_TRANSFORMERS_5:
+        return create_causal_mask(config=config, inputs_embeds=inputs_embeds, **arguments)
+    return create_causal_mask(
+        config=config, input_embeds=inputs_embeds, cache_position=kwargs["cache_position"], **arguments
+    )
+
+
+class MoeVlmPreTrainedModel(PreTrainedModel):
+    """Weights' initialisation, what engines may do with the model, and saving with its code."""
+
+    config_class = MoeVlmConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoeVlmDecoderLayer", "MoeVlmVisionLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Our own expert loop has data-dependent shapes; transformers 5 replaces it by one that has not.
+    _can_compile_fullgraph = IS_TRANSFORMERS_5
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return True
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Does nothing: the config always carries the whole `auto_map`, and saving always copies the code."""
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, MoeVlmExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MoeVlmRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif getattr(module, "class_embedding", None) is not None:
+            init.normal_(module.class_embedding, mean=0.0, std=std)
+        elif isinstance(module, nn.ModuleList) and all(isinstance(child, nn.Conv2d) for child in module):
+            for conv in module:  # a deep ReLU stack: He et al. 2015 (arXiv:1502.01852)
+                init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save weights, config and the code that loads them, so that any machine can with `trust_remote_code=True`.
+
+        The canonical `auto_map` is written whatever class the model has become: FSDP2 swaps it for one of torch's.
+        """
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            copy_code(save_directory)
+
+
+def copy_code(folder):
+    """Copy the shipped source files that stand beside this one into `folder`."""
+    for name in SHIPPED:
+        source = Path(__file__).with_name(f"{name}_moevlm.py")
+        target = Path(folder) / source.name
+        if source.exists() and source.resolve() != target.resolve():
+            shutil.copyfile(source, target)
+
+
+__all__ = ["IS_TRANSFORMERS_5", "MoeVlmPreTrainedModel", "OutputRecorder", "attention_mask_for", "copy_code"]
+__all__ += ["recorded"]

@@ -1,0 +1,714 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""MoeVlm: a vision tower, a connector and a decoder whose feed-forward layers are sparse mixtures of experts.
+
+Shapes: B batch, S sequence, T keys, I images, P patches, V vocabulary, D hidden, h heads, d head width, E experts,
+K experts per token, L sparse layers.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .base_moevlm import IS_TRANSFORMERS_5, MoeVlmPreTrainedModel, OutputRecorder, attention_mask_for, recorded
+from .configuration_moevlm import MoeVlmConfig, MoeVlmConnectorConfig, MoeVlmTextConfig
+from .experts_moevlm import MoeVlmMLP, MoeVlmRouter, MoeVlmSparseBlock, router_statistics
+from .vision_moevlm import MoeVlmVisionModel, eager_attention_forward
+
+ROUTER_RECORDERS = {
+    "router_logits": OutputRecorder(MoeVlmRouter, index=0),
+    "router_indices": OutputRecorder(MoeVlmRouter, index=2),
+}
+
+
+@dataclass
+class MoeVlmModelOutput(ModelOutput):
+    """Outputs of the decoder, and of the whole model without its head.
+
+    Args:
+        last_hidden_state: `(B, S, D)`.
+        past_key_values: The cache, if used.
+        hidden_states: Decoder layers + 1 tensors `(B, S, D)`, when asked for.
+        attentions: Per decoder layer `(B, h, S, T)`, when asked for.
+        router_logits: L tensors `(tokens, E)` in float32: tower first, then connector, then decoder.
+        router_indices: L tensors `(tokens, K)`, the experts visited, in the same order.
+        image_hidden_states: `(I, image tokens, D)`, what the connector gave the decoder.
+        router_layers: Sparse layers of (tower, connector, decoder), which splits the two tuples above.
+    """
+
+    last_hidden_state: Optional[torch.FloatTensor] = None
+    past_key_values: Optional[Cache] = None
+    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
+    router_indices: Optional[tuple[torch.LongTensor, ...]] = None
+    image_hidden_states: Optional[torch.FloatTensor] = None
+    router_layers: Optional[tuple[int, int, int]] = None
+
+
+@dataclass
+class MoeVlmOutput(ModelOutput):
+    """Outputs of [`MoeVlmForConditionalGeneration`].
+
+    Args:
+        loss: Language modelling loss plus weighted router losses, when labels were given.
+        logits: `(B, S, V)`.
+        aux_loss: Mean over all L sparse layers of the balance loss; 1.0 = perfect balance.
+        z_loss: Mean over all L sparse layers of the router z-loss.
+        expert_load: L tensors `(E,)`, each expert's share of its layer's visits, in the order of `router_logits`.
+        router_entropy: `(L,)`, mean entropy of the router's distribution over experts, in nats.
+        past_key_values, hidden_states, attentions, router_logits, router_indices, image_hidden_states: As in
+            [`MoeVlmModelOutput`].
+    """
+
+    loss: Optional[torch.FloatTensor] = None
+    logits: Optional[torch.FloatTensor] = None
+    aux_loss: Optional[torch.FloatTensor] = None
+    z_loss: Optional[torch.FloatTensor] = None
+    expert_load: Optional[tuple[torch.FloatTensor, ...]] = None
+    router_entropy: Optional[torch.FloatTensor] = None
+    past_key_values: Optional[Cache] = None
+    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
+    router_indices: Optional[tuple[torch.LongTensor, ...]] = None
+    image_hidden_states: Optional[torch.FloatTensor] = None
+
+
+class MoeVlmRMSNorm(nn.Module):
+    """Root mean square norm in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+
+    def __init__(self, hidden_size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states):
+        """`(..., D)` -> `(..., D)`, same dtype."""
+        states = hidden_states.float()
+        states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * states.to(hidden_states.dtype)
+
+
+class MoeVlmRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (Su et al. 2021, arXiv:2104.09864, eq. 34), with transformers' variants."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_init_fn = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            self.rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = self.rope_init_fn(config, None)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, seq_len=None, **kwargs):
+        """Inverse frequencies `(d/2,)` and the attention factor 1.0."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states, position_ids):
+        """Positions `(B, S)` -> cosines and sines, `(B, S, d)` both, in the dtype of `hidden_states`."""
+        with torch.autocast(hidden_states.device.type, enabled=False):  # bf16 positions collide beyond 256
+            angles = position_ids.unsqueeze(-1).float() * self.inv_freq.float().to(hidden_states.device)  # (B, S, d/2)
+            angles = torch.cat([angles, angles], dim=-1)
+            cosines, sines = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cosines.to(hidden_states.dtype), sines.to(hidden_states.dtype)
+
+
+def rotate(states, cosines, sines):
+    """Queries or keys `(B, h, S, d)` turned by their positions' `(B, S, d)` cosines and sines."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cosines.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sines.unsqueeze(1)
+
+
+class MoeVlmAttention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
+
+    is_causal = True
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        query_size, key_size = (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = MoeVlmRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = MoeVlmRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        """Attend.
+
+        Args:
+            hidden_states: `(B, S, D)`.
+            position_embeddings: Cosines and sines `(B, S, d)`.
+            attention_mask: What [`attention_mask_for`] made.
+            past_key_values: Cache to read and extend, or None.
+
+        Returns:
+            `(B, S, D)` and the attention weights `(B, h, S, T)`, None unless eager.
+        """
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, h, S, d)
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, h_kv, S, d)
+        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (B, h_kv, S, d)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            cache_kwargs = {"cache_position": kwargs.get("cache_position")}
+            key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # (B, h_kv, T, d)
+        attend = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+class MoeVlmDecoderLayer(GradientCheckpointingLayer):
+    """One decoder block; its feed-forward is dense or sparse as `mlp_layer_types` says."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.input_layernorm = MoeVlmRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MoeVlmAttention(config, layer_idx)
+        self.post_attention_layernorm = MoeVlmRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.mlp_layer_types[layer_idx] == "sparse":
+            self.mlp = MoeVlmSparseBlock(config)
+        else:
+            self.mlp = MoeVlmMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        """`(B, S, D)` -> `(B, S, D)`."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MoeVlmTextModel(MoeVlmPreTrainedModel):
+    """The decoder without its head."""
+
+    config_class = MoeVlmTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": MoeVlmDecoderLayer, "attentions": MoeVlmAttention, **ROUTER_RECORDERS}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MoeVlmDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MoeVlmRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MoeVlmRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @recorded
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        segment_ids=None,
+        **kwargs,
+    ):
+        """Run the decoder layers.
+
+        Args:
+            input_ids: `(B, S)`; or `inputs_embeds` `(B, S, D)`.
+            attention_mask: `(B, T)`, 1 for a real token; or a prepared 4-D mask.
+            position_ids: `(B, S)`; counted on from the cache when None.
+            past_key_values: Cache to go on from.
+            use_cache: Whether to return a cache.
+            segment_ids: `(B, S)`, see [`attention_mask_for`].
+
+        Returns:
+            [`MoeVlmModelOutput`].
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if kwargs.get("cache_position") is None and not IS_TRANSFORMERS_5:
+            kwargs["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        if position_ids is None:
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        mask = attention_mask_for(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, segment_ids, kwargs
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return MoeVlmModelOutput(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+@dataclass
+class MoeVlmConnectorOutput(ModelOutput):
+    """Outputs of the connector: `last_hidden_state` is `(I, image tokens, D)`; the routers' as in the tower."""
+
+    last_hidden_state: Optional[torch.FloatTensor] = None
+    router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
+    router_indices: Optional[tuple[torch.LongTensor, ...]] = None
+
+
+class MoeVlmConnector(MoeVlmPreTrainedModel):
+    """Pixel shuffle, a projector, and a sparse block behind it if the config has experts."""
+
+    config_class = MoeVlmConnectorConfig
+    input_modalities = ("image",)
+    _can_record_outputs = ROUTER_RECORDERS
+
+    def __init__(self, config, vision_hidden_size):
+        super().__init__(config)
+        self.factor = config.pixel_shuffle_factor
+        width, bias = vision_hidden_size * self.factor**2, config.projector_bias
+        if config.projector == "linear":
+            self.projector = nn.Linear(width, config.hidden_size, bias=bias)
+        else:
+            self.projector = nn.Sequential(
+                nn.Linear(width, config.hidden_size, bias=bias),
+                ACT2FN[config.projector_act],
+                nn.Linear(config.hidden_size, config.hidden_size, bias=bias),
+            )
+        self.norm = MoeVlmRMSNorm(config.hidden_size, config.rms_norm_eps) if config.num_experts else None
+        self.mlp = MoeVlmSparseBlock(config) if config.num_experts else None
+        self.post_init()
+
+    def pixel_shuffle(self, features):
+        """`(I, P, D)` -> `(I, P / r^2, r^2 * D)`: each r x r square of patches becomes one token, row by row.
+
+        Source: Shi et al. 2016 (arXiv:1609.05158), sec. 3.2, in its inverse direction, as Idefics3 (arXiv:2408.12637).
+        """
+        side = int(features.shape[1] ** 0.5)
+        if side**2 != features.shape[1] or side % self.factor:
+            raise ValueError(
+                f"{features.shape[1]} patches a picture do not form a square that pixel_shuffle_factor={self.factor} "
+                "divides; resize the pictures to squares of a fitting size"
+            )
+        grid = features.unflatten(1, (side // self.factor, self.factor, side // self.factor, self.factor))
+        return grid.transpose(2, 3).flatten(3).flatten(1, 2)  # (I, side/r, side/r, r, r, D) before flattening
+
+    @recorded
+    def forward(self, features, **kwargs):
+        """Turn the tower's patches `(I, P, D_vision)` into the decoder's image tokens.
+
+        Returns:
+            [`MoeVlmConnectorOutput`]; `last_hidden_state` is `(I, P / r^2, D)`.
+        """
+        tokens = self.projector(self.pixel_shuffle(features))
+        if self.mlp is not None:
+            tokens = tokens + self.mlp(self.norm(tokens))
+        return MoeVlmConnectorOutput(last_hidden_state=tokens)
+
+
+class EncodedImages(NamedTuple):
+    """Pictures on their way into the decoder."""
+
+    tokens: torch.Tensor  # (I, image tokens, D)
+    router_logits: tuple[torch.Tensor, ...]  # tower's, then connector's
+    router_indices: tuple[torch.Tensor, ...]
+    tower_layers: int  # how many of them are the tower's
+
+
+class MoeVlmModel(MoeVlmPreTrainedModel):
+    """Tower, connector and decoder joined: pictures become tokens of one sequence with the text."""
+
+    input_modalities = ("image", "text")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision_tower = MoeVlmVisionModel._from_config(config.vision_config)
+        self.connector = MoeVlmConnector._from_config(
+            config.connector_config, vision_hidden_size=config.vision_config.hidden_size
+        )
+        self.language_model = MoeVlmTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.language_model.embed_tokens = value
+
+    def get_decoder(self):
+        return self.language_model
+
+    def set_decoder(self, decoder):
+        self.language_model = decoder
+
+    def encode_images(self, pixel_values, output_router_logits=False):
+        """Pictures `(I, C, H, W)` -> [`EncodedImages`]."""
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values has {pixel_values.ndim} dimensions, expected 4: (images of the whole batch, channels, "
+                "height, width)"
+            )
+        flags = {"output_router_logits": output_router_logits, "output_router_indices": output_router_logits}
+        features = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **flags)
+        tokens = self.connector(features.last_hidden_state, **flags)
+        tower = features.router_logits or ()
+        return EncodedImages(
+            tokens.last_hidden_state,
+            (*tower, *(tokens.router_logits or ())),
+            (*(features.router_indices or ()), *(tokens.router_indices or ())),
+            len(tower),
+        )
+
+    def get_image_features(self, pixel_values, **kwargs):
+        """What the decoder sees of pictures `(I, C, H, W)`: image tokens `(I, image tokens, D)`.
+
+        transformers 5 expects them as the `pooler_output` of an output object, 4.57 as a tensor.
+        """
+        tokens = self.encode_images(pixel_values).tokens
+        return BaseModelOutputWithPooling(pooler_output=tokens) if IS_TRANSFORMERS_5 else tokens
+
+    def merge(self, inputs_embeds, image_positions, image_tokens):
+        """Put image tokens `(I, image tokens, D)` where `image_positions` `(B, S)` is true, in order of appearance.
+
+        Raises:
+            ValueError: the number of placeholders is not the number of image tokens.
+        """
+        if not torch.compiler.is_compiling():
+            wanted, given = int(image_positions.sum()), image_tokens.shape[:-1].numel()
+            if wanted != given:
+                raise ValueError(
+                    f"input_ids has {wanted} image placeholders, but {image_tokens.shape[0]} pictures give {given} "
+                    f"image tokens ({image_tokens.shape[1]} each); build both with the processor"
+                )
+        positions = image_positions.unsqueeze(-1).expand_as(inputs_embeds)
+        return inputs_embeds.masked_scatter(positions, image_tokens.to(inputs_embeds.dtype))
+
+    def visit_unused_tower(self, inputs_embeds):
+        """A zero that depends on tower and connector, for a training batch without pictures.
+
+        Every rank must run the same modules: FSDP2 would wait and DDP would raise on a text-only rank beside an image
+        rank. BatchNorm statistics stay as they are.
+        """
+        config, training = self.config.vision_config, self.vision_tower.training
+        blank = inputs_embeds.new_zeros(1, config.num_channels, config.image_size, config.image_size)
+        self.vision_tower.eval()
+        tokens = self.encode_images(blank).tokens
+        self.vision_tower.train(training)
+        return inputs_embeds + 0.0 * tokens.sum().to(inputs_embeds.dtype)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        segment_ids=None,
+        output_router_logits=None,
+        **kwargs,
+    ):
+        """Encode the pictures, merge them into the text, run the decoder.
+
+        Args:
+            input_ids: `(B, S)` with `image_token_id` where image tokens go; or `inputs_embeds` `(B, S, D)`.
+            pixel_values: `(I, C, H, W)`, all pictures of the batch in order of appearance.
+            segment_ids: `(B, S)`: tokens of one row that see segment 0 and their own segment only (several questions
+                about one picture in one row).
+            output_router_logits: Whether to return `router_logits` and `router_indices`.
+            attention_mask, position_ids, past_key_values, use_cache: As in [`MoeVlmTextModel.forward`].
+
+        Returns:
+            [`MoeVlmModelOutput`].
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        encoded = None
+        if pixel_values is not None:
+            encoded = self.encode_images(pixel_values, output_router_logits)
+            image_positions = self.image_positions(input_ids, inputs_embeds)
+            inputs_embeds = self.merge(inputs_embeds, image_positions, encoded.tokens)
+        elif self.training:
+            inputs_embeds = self.visit_unused_tower(inputs_embeds)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segment_ids=segment_ids,
+            output_router_logits=output_router_logits,
+            output_router_indices=output_router_logits,
+            **kwargs,
+        )
+        return self.with_image_routing(outputs, encoded)
+
+    def image_positions(self, input_ids, inputs_embeds):
+        """Where image tokens go, `(B, S)` bool; found by the placeholder's embedding when there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = self.get_input_embeddings()(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(-1)
+
+    def with_image_routing(self, outputs, encoded):
+        """The decoder's outputs with the tower's and the connector's in front."""
+        decoder_layers = len(outputs.router_logits or ())
+        if encoded is None:
+            outputs.router_layers = (0, 0, decoder_layers)
+            return outputs
+        outputs.image_hidden_states = encoded.tokens
+        logits, indices = encoded.router_logits, encoded.router_indices
+        outputs.router_layers = (encoded.tower_layers, len(logits) - encoded.tower_layers, decoder_layers)
+        if logits:
+            outputs.router_logits = (*logits, *(outputs.router_logits or ()))
+            outputs.router_indices = (*indices, *(outputs.router_indices or ()))
+        return outputs
+
+
+class RouterLosses(NamedTuple):
+    """Router losses of the whole model and what they were made of."""
+
+    weighted: torch.Tensor  # scalar, with the coefficients of each part
+    aux_loss: torch.Tensor  # scalar, mean over all layers
+    z_loss: torch.Tensor  # scalar, mean over all layers
+    expert_load: tuple[torch.Tensor, ...]  # L tensors (E,)
+    entropy: torch.Tensor  # (L,)
+
+
+class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
+    """MoeVlm with a language modelling head: captions, answers, dialogue."""
+
+    input_modalities = ("image", "text")
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MoeVlmModel(config)
+        self.vocab_size = config.text_config.vocab_size
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def language_model(self):
+        return self.model.language_model
+
+    @property
+    def vision_tower(self):
+        return self.model.vision_tower
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def get_decoder(self):
+        return self.model.language_model
+
+    def set_decoder(self, decoder):
+        self.model.language_model = decoder
+
+    def get_image_features(self, pixel_values, **kwargs):
+        """As [`MoeVlmModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def router_losses(self, outputs, attention_mask):
+        """Balance and z-losses of every sparse layer, padding excluded.
+
+        Args:
+            outputs: [`MoeVlmModelOutput`] with router logits.
+            attention_mask: `(B, S)`, 1 for a real token, or None.
+
+        Returns:
+            [`RouterLosses`], or None if no layer is sparse.
+        """
+        if not outputs.router_logits:
+            return None
+        weighted, parts, entropies, start = 0.0, [], [], 0
+        configs = (self.config.vision_config, self.config.connector_config, self.config.text_config)
+        for config, layers, mask in zip(configs, outputs.router_layers, (None, None, attention_mask)):
+            if not layers:
+                continue
+            logits = outputs.router_logits[start : start + layers]
+            part = router_statistics(logits, outputs.router_indices[start : start + layers], mask)
+            weighted = weighted + config.router_aux_loss_coef * part.balance.mean()
+            weighted = weighted + config.router_z_loss_coef * part.z.mean()
+            parts.append(part)
+            entropies.append(part.entropy)
+            start += layers
+        balance, z = torch.cat([part.balance for part in parts]), torch.cat([part.z for part in parts])
+        loads = tuple(load for part in parts for load in part.load)
+        return RouterLosses(weighted, balance.mean(), z.mean(), loads, torch.cat(entropies))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        segment_ids=None,
+        output_router_logits=None,
+        logits_to_keep=0,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        """Predict the next token everywhere, and the loss if there are labels.
+
+        Args:
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                segment_ids: As in [`MoeVlmModel.forward`].
+            labels: `(B, S)` token ids, -100 where nothing is to be learnt; shifted inside.
+            output_router_logits: Whether to return router logits and, without labels too, the router losses.
+            logits_to_keep: 0 for logits of all positions, n for the last n, or a tensor of positions.
+            num_items_in_batch: Labels of the whole global batch, as Trainer passes it. The token loss is then a sum
+                over this number, and the router losses weigh as this micro-batch's share of it, so that neither grows
+                with gradient accumulation or ranks.
+
+        Returns:
+            [`MoeVlmOutput`].
+
+        Example:
+
+        ```python
+        >>> model = AutoModelForVision2Seq.from_pretrained("outputs/demo", trust_remote_code=True)
+        >>> processor = AutoProcessor.from_pretrained("outputs/demo", trust_remote_code=True)
+        >>> inputs = processor(images=image, text="<|user|><image>What shape is it?<|assistant|>", return_tensors="pt")
+        >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=8), skip_special_tokens=True)
+        ```
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.text_config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segment_ids=segment_ids,
+            output_router_logits=output_router_logits or labels is not None,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, kept, V)
+        losses = self.router_losses(outputs, mask_of_tokens(attention_mask, outputs.last_hidden_state.shape[1]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch, **kwargs
+            )
+            if losses is not None:
+                share = 1.0
+                if num_items_in_batch is not None:
+                    share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+                loss = loss + share * losses.weighted
+        return MoeVlmOutput(
+            loss=loss,
+            logits=logits,
+            aux_loss=losses.aux_loss if losses else None,
+            z_loss=losses.z_loss if losses else None,
+            expert_load=losses.expert_load if losses else None,
+            router_entropy=losses.entropy if losses else None,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            router_indices=outputs.router_indices if output_router_logits else None,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, cache_position=None, **kwargs):
+        """As in transformers, with the pictures at the first step only; later steps find them in the cache."""
+        if IS_TRANSFORMERS_5:  # does the same by itself
+            return super().prepare_inputs_for_generation(input_ids, pixel_values=pixel_values, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, cache_position=cache_position, **kwargs)
+        first_step = not kwargs.get("use_cache", True) or cache_position is None or cache_position[0] == 0
+        inputs["pixel_values"] = pixel_values if first_step else None
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeat each row for beams or samples, and the pictures of each row with it, in the row's order."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1:
+            per_row = (input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length  # (B,)
+            rows = pixel_values.split(per_row.tolist())
+            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+def mask_of_tokens(attention_mask, length):
+    """The `(B, S)` part of a 2-D attention mask that belongs to this call's `length` tokens, or None."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -length:]
+
+
+__all__ = ["MoeVlmConnector", "MoeVlmForConditionalGeneration", "MoeVlmModel", "MoeVlmPreTrainedModel"]
+__all__ += ["MoeVlmTextModel", "MoeVlmVisionModel"]

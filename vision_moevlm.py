@@ -1,0 +1,251 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""The vision tower: a pre-norm ViT whose feed-forward layers are dense or sparse.
+
+Key names are our own and the same on both transformers lines, so a checkpoint of one loads on the other.
+
+Shapes: I images, C channels, H x W pixels, P = (H/patch)*(W/patch) patches, D hidden, h heads, d head width.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from .base_moevlm import MoeVlmPreTrainedModel, OutputRecorder, recorded
+from .configuration_moevlm import MoeVlmVisionConfig
+from .experts_moevlm import MoeVlmRouter, MoeVlmSparseBlock
+
+
+def repeat_kv(states, groups):
+    """Keys or values `(B, h_kv, S, d)` repeated for their query heads, `(B, h_kv * groups, S, d)`."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention as written in the paper, with the weights returned (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
+
+    Args:
+        module: The attention module; gives `num_key_value_groups` and `training`.
+        query: `(B, h, S, d)`.
+        key, value: `(B, h_kv, T, d)`.
+        attention_mask: Additive `(B, 1, S, T)`, or None.
+        scaling: Factor on the scores.
+        dropout: Dropout probability on the weights.
+
+    Returns:
+        Output `(B, S, h, d)` and weights `(B, h, S, T)`.
+    """
+    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling  # (B, h, S, T)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MoeVlmConvStem(nn.Module):
+    """3x3 stride-2 convolutions with BatchNorm and ReLU, then 1x1 to the tower's width.
+
+    Source: Xiao et al. 2021, "Early convolutions help transformers see better" (arXiv:2106.14881), sec. 3.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        channels = [config.num_channels, *config.stem_channels]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1, bias=False)
+            for before, after in zip(channels, channels[1:])
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(after) for after in config.stem_channels)
+        self.projection = nn.Conv2d(channels[-1], config.hidden_size, kernel_size=1)
+
+    def forward(self, pixel_values):
+        """`(I, C, H, W)` -> `(I, D, H/patch, W/patch)`."""
+        for conv, norm in zip(self.convs, self.norms):
+            pixel_values = F.relu(norm(conv(pixel_values)))
+        return self.projection(pixel_values)
+
+
+class MoeVlmVisionEmbeddings(nn.Module):
+    """Patches plus learned positions; positions are interpolated for pictures of another size."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.side = config.patches_per_side
+        if config.stem == "conv":
+            self.patch_embedding = MoeVlmConvStem(config)
+        else:
+            self.patch_embedding = nn.Conv2d(
+                config.num_channels,
+                config.hidden_size,
+                kernel_size=config.patch_size,
+                stride=config.patch_size,
+                bias=config.patch_bias,
+            )
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if config.use_class_token else None
+        positions = self.side**2 + int(config.use_class_token)
+        self.position_embedding = nn.Embedding(positions, config.hidden_size)
+
+    def patch_positions(self, rows, columns):
+        """Position embeddings of a `rows x columns` grid, `(1, rows*columns, D)`."""
+        weight = self.position_embedding.weight[-(self.side**2) :]  # the class token's comes first
+        if rows != self.side or columns != self.side:
+            grid = weight.unflatten(0, (self.side, self.side)).permute(2, 0, 1).unsqueeze(0)  # (1, D, side, side)
+            grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic", align_corners=False)
+            weight = grid.to(weight.dtype).flatten(2).transpose(1, 2).squeeze(0)  # (rows*columns, D)
+        return weight.unsqueeze(0)
+
+    def forward(self, pixel_values):
+        """`(I, C, H, W)` -> `(I, P, D)`, or `(I, 1 + P, D)` with a class token in front."""
+        height, width = pixel_values.shape[-2:]
+        if height < self.patch_size or width < self.patch_size:
+            raise ValueError(f"pictures of {height}x{width} pixels are below patch_size={self.patch_size}; enlarge them")
+        patches = self.patch_embedding(pixel_values)  # (I, D, H/patch, W/patch)
+        positions = self.patch_positions(*patches.shape[-2:])
+        patches = patches.flatten(2).transpose(1, 2) + positions  # (I, P, D)
+        if self.class_embedding is None:
+            return patches
+        first = self.class_embedding + self.position_embedding.weight[0]
+        return torch.cat([first.expand(patches.shape[0], 1, -1), patches], dim=1)
+
+
+class MoeVlmVisionAttention(nn.Module):
+    """Bidirectional multi-head attention over the patches of one picture."""
+
+    is_causal = False
+    num_key_value_groups = 1
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, **kwargs):
+        """`(I, P, D)` -> `(I, P, D)` and the attention weights `(I, h, P, P)`, None unless eager."""
+        heads = (-1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (I, h, P, d)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attend = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            None,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,
+            **kwargs,
+        )
+        return self.out_proj(output.flatten(2)), weights
+
+
+class MoeVlmVisionMLP(nn.Module):
+    """The ViT's two-layer feed-forward."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states):
+        """`(..., D)` -> `(..., D)`."""
+        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+
+
+class MoeVlmVisionLayer(GradientCheckpointingLayer):
+    """One ViT block; its feed-forward is dense or sparse as `mlp_layer_types` says."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = MoeVlmVisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MoeVlmSparseBlock(config) if sparse else MoeVlmVisionMLP(config)
+
+    def forward(self, hidden_states, **kwargs):
+        """`(I, P, D)` -> `(I, P, D)`."""
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+@dataclass
+class MoeVlmVisionOutput(ModelOutput):
+    """Outputs of the tower: last hidden state `(I, P, D)`; the rest per layer, when asked for.
+
+    `router_logits` are L tensors `(I*P, E)` in float32, `router_indices` L tensors `(I*P, K)`.
+    """
+
+    last_hidden_state: Optional[torch.FloatTensor] = None
+    hidden_states: Optional[tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[tuple[torch.FloatTensor, ...]] = None
+    router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
+    router_indices: Optional[tuple[torch.LongTensor, ...]] = None
+
+
+class MoeVlmVisionModel(MoeVlmPreTrainedModel):
+    """The vision tower."""
+
+    config_class = MoeVlmVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {
+        "hidden_states": MoeVlmVisionLayer,
+        "attentions": MoeVlmVisionAttention,
+        "router_logits": OutputRecorder(MoeVlmRouter, index=0),
+        "router_indices": OutputRecorder(MoeVlmRouter, index=2),
+    }
+
+    def __init__(self, config):
+        super().__init__(config)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.embeddings = MoeVlmVisionEmbeddings(config)
+        self.pre_layernorm = nn.LayerNorm(width, eps=eps) if config.use_pre_layernorm else nn.Identity()
+        self.layers = nn.ModuleList(MoeVlmVisionLayer(config, i) for i in range(config.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(width, eps=eps) if config.use_post_layernorm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.patch_embedding
+
+    @recorded
+    def forward(self, pixel_values, **kwargs):
+        """Encode pictures.
+
+        Args:
+            pixel_values: `(I, C, H, W)`, normalised as the processor does.
+
+        Returns:
+            [`MoeVlmVisionOutput`] without the class token: `last_hidden_state` is `(I, P, D)`.
+        """
+        hidden_states = self.pre_layernorm(self.embeddings(pixel_values))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.post_layernorm(hidden_states)
+        return MoeVlmVisionOutput(last_hidden_state=hidden_states[:, int(self.config.use_class_token) :])
+
+
+__all__ = ["MoeVlmConvStem", "MoeVlmVisionAttention", "MoeVlmVisionEmbeddings", "MoeVlmVisionLayer"]
+__all__ += ["MoeVlmVisionModel", "MoeVlmVisionOutput"]
+__all__ += ["eager_attention_forward"]
