@@ -57,33 +57,71 @@ def check_positive(config, names):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
-def check_sparse(config):
-    """Check the fields that decoder, connector and tower share; raise `ValueError` naming field, value and bound."""
-    if config.mlp_layer_types is not None:
-        unknown = set(config.mlp_layer_types) - {"dense", "sparse"}
+class SparseConfig(PretrainedConfig):
+    r"""
+    The fields that every part with experts shares: decoder, connector and tower.
+
+    Args:
+        num_experts: E, routed experts of a sparse layer.
+        num_experts_per_tok: K, experts a token visits; 1 <= K <= E.
+        moe_intermediate_size: F, width of one expert.
+        norm_topk_prob: Whether the K weights are renormalised to sum to 1.
+        n_shared_experts: Always-on experts, built as one expert of `n_shared_experts * moe_intermediate_size`.
+        router_aux_loss_coef: Weight of the per-layer balance loss (Switch, arXiv:2101.03961, eq. 4-6).
+        router_z_loss_coef: Weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5).
+        output_router_logits: Whether outputs hold the router logits without being asked.
+        initializer_range: Standard deviation of initial weights.
+    """
+
+    def __init__(
+        self,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        norm_topk_prob=True,
+        n_shared_experts=0,
+        router_aux_loss_coef=0.01,
+        router_z_loss_coef=0.001,
+        output_router_logits=False,
+        initializer_range=0.02,
+        **kwargs,
+    ):
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_intermediate_size = moe_intermediate_size
+        self.norm_topk_prob = norm_topk_prob
+        self.n_shared_experts = n_shared_experts
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.router_z_loss_coef = router_z_loss_coef
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+        self.output_router_logits = output_router_logits
+
+    def check_layer_types(self):
+        """Raise `ValueError` unless `mlp_layer_types` has "dense" or "sparse" for each layer."""
+        unknown = set(self.mlp_layer_types) - {"dense", "sparse"}
         if unknown:
             raise ValueError(f"mlp_layer_types holds {sorted(unknown)}; each entry is 'dense' or 'sparse'")
-        if len(config.mlp_layer_types) != config.num_hidden_layers:
+        if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"mlp_layer_types has {len(config.mlp_layer_types)} entries for "
-                f"num_hidden_layers={config.num_hidden_layers}; give one entry a layer"
+                f"mlp_layer_types has {len(self.mlp_layer_types)} entries for "
+                f"num_hidden_layers={self.num_hidden_layers}; give one entry a layer"
             )
-        if "sparse" not in config.mlp_layer_types:
-            return
-    check_positive(config, ("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
-    if config.num_experts_per_tok > config.num_experts:
-        raise ValueError(
-            f"num_experts_per_tok={config.num_experts_per_tok} exceeds num_experts={config.num_experts}; "
-            "lower it or add experts"
-        )
-    if config.n_shared_experts < 0:
-        raise ValueError(f"n_shared_experts={config.n_shared_experts} is negative; 0 means no shared expert")
-    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name}={getattr(config, name)} is negative; 0 switches the loss off")
+
+    def check_sparse(self):
+        """Raise `ValueError` naming field, value and bound unless a sparse layer can be built."""
+        check_positive(self, ("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; "
+                "lower it or add experts"
+            )
+        for name in ("n_shared_experts", "router_aux_loss_coef", "router_z_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; 0 switches it off")
 
 
-class MoeVlmVisionConfig(PretrainedConfig):
+class MoeVlmVisionConfig(SparseConfig):
     r"""
     The vision tower: a pre-norm ViT whose feed-forward layers are dense or sparse.
 
@@ -108,9 +146,7 @@ class MoeVlmVisionConfig(PretrainedConfig):
         use_post_layernorm: Whether a norm follows the last block.
         moe_layers: Rule or indices for `mlp_layer_types`, see [`layer_types_from`].
         mlp_layer_types: "dense" or "sparse" for each block; wins over `moe_layers`.
-        num_experts, num_experts_per_tok, moe_intermediate_size, norm_topk_prob, n_shared_experts,
-        router_aux_loss_coef, router_z_loss_coef, output_router_logits: As in [`MoeVlmTextConfig`].
-        initializer_range: Standard deviation of initial weights.
+        **kwargs: Fields of [`SparseConfig`].
     """
 
     model_type = "moevlm_vision"
@@ -137,15 +173,6 @@ class MoeVlmVisionConfig(PretrainedConfig):
         use_post_layernorm=True,
         moe_layers="none",
         mlp_layer_types=None,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        norm_topk_prob=True,
-        n_shared_experts=0,
-        router_aux_loss_coef=0.01,
-        router_z_loss_coef=0.001,
-        output_router_logits=False,
-        initializer_range=0.02,
         **kwargs,
     ):
         self.hidden_size = hidden_size
@@ -166,16 +193,7 @@ class MoeVlmVisionConfig(PretrainedConfig):
         self.use_pre_layernorm = use_pre_layernorm
         self.use_post_layernorm = use_post_layernorm
         self.mlp_layer_types = mlp_layer_types or layer_types_from(moe_layers, num_hidden_layers)
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_intermediate_size = moe_intermediate_size
-        self.norm_topk_prob = norm_topk_prob
-        self.n_shared_experts = n_shared_experts
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.router_z_loss_coef = router_z_loss_coef
-        self.initializer_range = initializer_range
         super().__init__(**kwargs)
-        self.output_router_logits = output_router_logits
         self._check()
 
     def _check(self):
@@ -193,7 +211,8 @@ class MoeVlmVisionConfig(PretrainedConfig):
                 f"stem_channels={self.stem_channels} shrinks a picture {2 ** len(self.stem_channels)} times, but "
                 f"patch_size={self.patch_size}; give log2(patch_size) channels or change patch_size"
             )
-        check_sparse(self)
+        self.check_layer_types()
+        self.check_sparse()
 
     @property
     def patches_per_side(self):
@@ -201,7 +220,7 @@ class MoeVlmVisionConfig(PretrainedConfig):
         return self.image_size // self.patch_size
 
 
-class MoeVlmConnectorConfig(PretrainedConfig):
+class MoeVlmConnectorConfig(SparseConfig):
     r"""
     The connector: pixel shuffle, a projector, and optionally a sparse block behind it.
 
@@ -212,11 +231,8 @@ class MoeVlmConnectorConfig(PretrainedConfig):
         projector_bias: Whether the projector's layers have biases.
         hidden_size: Width behind the projector, which is the decoder's; set by [`MoeVlmConfig`].
         expert_act: Activation of the experts' gate.
-        num_experts: 0 for no sparse block; else as in [`MoeVlmTextConfig`].
-        num_experts_per_tok, moe_intermediate_size, norm_topk_prob, n_shared_experts, router_aux_loss_coef,
-        router_z_loss_coef, output_router_logits: As in [`MoeVlmTextConfig`].
         rms_norm_eps: Epsilon of the norm in front of the sparse block.
-        initializer_range: Standard deviation of initial weights.
+        **kwargs: Fields of [`SparseConfig`]; `num_experts` 0 (the default here) leaves the sparse block out.
     """
 
     model_type = "moevlm_connector"
@@ -230,16 +246,7 @@ class MoeVlmConnectorConfig(PretrainedConfig):
         projector_bias=True,
         hidden_size=128,
         expert_act="silu",
-        num_experts=0,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        norm_topk_prob=True,
-        n_shared_experts=0,
-        router_aux_loss_coef=0.01,
-        router_z_loss_coef=0.001,
-        output_router_logits=False,
         rms_norm_eps=1e-6,
-        initializer_range=0.02,
         **kwargs,
     ):
         self.pixel_shuffle_factor = pixel_shuffle_factor
@@ -248,17 +255,8 @@ class MoeVlmConnectorConfig(PretrainedConfig):
         self.projector_bias = projector_bias
         self.hidden_size = hidden_size
         self.expert_act = expert_act
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_intermediate_size = moe_intermediate_size
-        self.norm_topk_prob = norm_topk_prob
-        self.n_shared_experts = n_shared_experts
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.router_z_loss_coef = router_z_loss_coef
         self.rms_norm_eps = rms_norm_eps
-        self.initializer_range = initializer_range
-        super().__init__(**kwargs)
-        self.output_router_logits = output_router_logits
+        super().__init__(**{"num_experts": 0, **kwargs})
         self._check()
 
     def _check(self):
@@ -266,15 +264,10 @@ class MoeVlmConnectorConfig(PretrainedConfig):
         if self.projector not in ("linear", "mlp"):
             raise ValueError(f"projector={self.projector!r} must be 'linear' or 'mlp'")
         if self.num_experts:
-            check_sparse(self)
-
-    @property
-    def mlp_layer_types(self):
-        """None: the connector has no stack of layers; it is sparse when it has experts."""
-        return None
+            self.check_sparse()
 
 
-class MoeVlmTextConfig(PretrainedConfig):
+class MoeVlmTextConfig(SparseConfig):
     r"""
     The decoder: pre-norm blocks with RMSNorm, RoPE, grouped-query attention and SwiGLU, dense or sparse.
 
@@ -297,16 +290,8 @@ class MoeVlmTextConfig(PretrainedConfig):
         use_cache: Whether keys and values are cached by default.
         moe_layers: Rule or indices for `mlp_layer_types`, see [`layer_types_from`].
         mlp_layer_types: "dense" or "sparse" for each layer; wins over `moe_layers`.
-        num_experts: E, routed experts of a sparse layer.
-        num_experts_per_tok: K, experts a token visits; 1 <= K <= E.
-        moe_intermediate_size: F, width of one expert.
-        norm_topk_prob: Whether the K weights are renormalised to sum to 1.
-        n_shared_experts: Always-on experts, built as one expert of `n_shared_experts * moe_intermediate_size`.
-        router_aux_loss_coef: Weight of the per-layer balance loss (Switch, arXiv:2101.03961, eq. 4-6).
-        router_z_loss_coef: Weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5).
-        output_router_logits: Whether outputs hold the router logits without being asked.
-        initializer_range: Standard deviation of initial weights.
         pad_token_id, bos_token_id, eos_token_id: Token ids.
+        **kwargs: Fields of [`SparseConfig`].
     """
 
     model_type = "moevlm_text"
@@ -333,15 +318,6 @@ class MoeVlmTextConfig(PretrainedConfig):
         use_cache=True,
         moe_layers="alternate",
         mlp_layer_types=None,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        norm_topk_prob=True,
-        n_shared_experts=0,
-        router_aux_loss_coef=0.01,
-        router_z_loss_coef=0.001,
-        output_router_logits=False,
-        initializer_range=0.02,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
@@ -362,14 +338,6 @@ class MoeVlmTextConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.use_cache = use_cache
         self.mlp_layer_types = mlp_layer_types or layer_types_from(moe_layers, num_hidden_layers)
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_intermediate_size = moe_intermediate_size
-        self.norm_topk_prob = norm_topk_prob
-        self.n_shared_experts = n_shared_experts
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.router_z_loss_coef = router_z_loss_coef
-        self.initializer_range = initializer_range
         rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
         # transformers 5 drops these four from the base class, 4.57 sets them there: both ways they must arrive.
         kwargs.update(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
@@ -382,7 +350,6 @@ class MoeVlmTextConfig(PretrainedConfig):
             self.rope_theta = rope_parameters.get("rope_theta")
             self.rope_scaling = None if rope_parameters.get("rope_type") == "default" else rope_parameters
         super().__init__(**kwargs)
-        self.output_router_logits = output_router_logits
         self._check()
 
     def _check(self):
@@ -399,7 +366,8 @@ class MoeVlmTextConfig(PretrainedConfig):
         missing = {"rope_type", "rope_theta"} - set(self.rope_parameters)
         if missing:
             raise ValueError(f"rope_parameters={self.rope_parameters} lacks {sorted(missing)}")
-        check_sparse(self)
+        self.check_layer_types()
+        self.check_sparse()
 
     @property
     def expert_act(self):

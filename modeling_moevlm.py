@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .base_moevlm import IS_TRANSFORMERS_5, MoeVlmPreTrainedModel, OutputRecorder, attention_mask_for, recorded
-from .configuration_moevlm import MoeVlmConfig, MoeVlmConnectorConfig, MoeVlmTextConfig
+from .configuration_moevlm import MoeVlmConnectorConfig, MoeVlmTextConfig
 from .experts_moevlm import MoeVlmMLP, MoeVlmRouter, MoeVlmSparseBlock, router_statistics
 from .vision_moevlm import MoeVlmVisionModel, eager_attention_forward
 
@@ -381,12 +381,6 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.embed_tokens = value
 
-    def get_decoder(self):
-        return self.language_model
-
-    def set_decoder(self, decoder):
-        self.language_model = decoder
-
     def encode_images(self, pixel_values, output_router_logits=False):
         """Pictures `(I, C, H, W)` -> [`EncodedImages`]."""
         if pixel_values.ndim != 4:
@@ -545,24 +539,6 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
     @property
     def vision_tower(self):
         return self.model.vision_tower
-
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value):
-        self.lm_head = value
-
-    def get_decoder(self):
-        return self.model.language_model
-
-    def set_decoder(self, decoder):
-        self.model.language_model = decoder
 
     def get_image_features(self, pixel_values, **kwargs):
         """As [`MoeVlmModel.get_image_features`]."""

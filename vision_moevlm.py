@@ -107,7 +107,7 @@ class MoeVlmVisionEmbeddings(nn.Module):
         """`(I, C, H, W)` -> `(I, P, D)`, or `(I, 1 + P, D)` with a class token in front."""
         height, width = pixel_values.shape[-2:]
         if height < self.patch_size or width < self.patch_size:
-            raise ValueError(f"pictures of {height}x{width} pixels are below patch_size={self.patch_size}; enlarge them")
+            raise ValueError(f"pictures of {height}x{width} pixels are below patch_size={self.patch_size}; enlarge")
         patches = self.patch_embedding(pixel_values)  # (I, D, H/patch, W/patch)
         positions = self.patch_positions(*patches.shape[-2:])
         patches = patches.flatten(2).transpose(1, 2) + positions  # (I, P, D)

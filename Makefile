@@ -1,0 +1,41 @@
+# Thin: every line here stands in the README too, for people without make.
+# LINE=v4 (transformers 4.57, the default) or LINE=v5 (transformers 5.23).
+LINE ?= v4
+ifeq ($(LINE),v5)
+VENV := .venv-v5
+REQUIREMENTS := requirements-v5.txt
+else
+VENV := .venv
+REQUIREMENTS := requirements.txt
+endif
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test check fix slow
+
+demo: $(VENV)/demo.done
+	$(PYTHON) run_finetune.py
+	$(PYTHON) run_chat.py --model_name_or_path outputs/demo --question "Describe the picture." \
+		--question "How many shapes are there?"
+
+test: $(VENV)/test.done
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+
+slow: $(VENV)/test.done
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m slow
+
+check: $(VENV)/test.done
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+fix: $(VENV)/test.done
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/demo.done: $(REQUIREMENTS)
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r $(REQUIREMENTS)
+	touch $@
+
+$(VENV)/test.done: $(VENV)/demo.done requirements-dev.txt
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
