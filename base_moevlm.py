@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_moevlm import AUTO_MAP, MoeVlmConfig
-from .experts_moevlm import MoeVlmExperts, MoeVlmRouter
+from .experts_moevlm import MoeVlmExperts, MoeVlmRouter, MoeVlmSelection
 
 try:  # transformers 5
     from transformers import initialization as init
@@ -30,6 +29,12 @@ IS_TRANSFORMERS_5 = hasattr(PreTrainedModel, "_can_set_experts_implementation")
 
 # What a checkpoint needs to be loaded elsewhere with trust_remote_code=True.
 SHIPPED = ("configuration", "base", "experts", "vision", "modeling", "processing")
+
+# One recorder a module: transformers 4 leaves a module wrapped for good when two record it.
+ROUTER_RECORDERS = {
+    "router_logits": OutputRecorder(MoeVlmRouter, index=0),
+    "router_indices": OutputRecorder(MoeVlmSelection, index=0),
+}
 
 
 def recorded(forward):
@@ -101,11 +106,6 @@ class MoeVlmPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, MoeVlmRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-        elif getattr(module, "class_embedding", None) is not None:
-            init.normal_(module.class_embedding, mean=0.0, std=std)
-        elif isinstance(module, nn.ModuleList) and all(isinstance(child, nn.Conv2d) for child in module):
-            for conv in module:  # a deep ReLU stack: He et al. 2015 (arXiv:1502.01852)
-                init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, config and the code that loads them, so that any machine can with `trust_remote_code=True`.
@@ -127,5 +127,5 @@ def copy_code(folder):
             shutil.copyfile(source, target)
 
 
-__all__ = ["IS_TRANSFORMERS_5", "MoeVlmPreTrainedModel", "OutputRecorder", "attention_mask_for", "copy_code"]
-__all__ += ["recorded"]
+__all__ = ["IS_TRANSFORMERS_5", "ROUTER_RECORDERS", "MoeVlmPreTrainedModel", "attention_mask_for", "copy_code"]
+__all__ += ["init", "recorded"]

@@ -444,7 +444,8 @@ class MoeVlmConfig(PretrainedConfig):
             )
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
-                f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} tokens"
+                f"image_token_id={self.image_token_id} is outside the vocabulary of "
+                f"vocab_size={self.text_config.vocab_size} tokens"
             )
 
     @property

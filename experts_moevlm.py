@@ -27,8 +27,33 @@ class Routing(NamedTuple):
     experts: Tensor  # (N, K) int64
 
 
+class MoeVlmSelection(nn.Module):
+    """Top-k selection, without parameters. A module of its own, because what a module returns can be recorded."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+
+    def forward(self, logits):
+        """Keep the K best experts of every token.
+
+        Args:
+            logits: `(N, E)` in float32.
+
+        Returns:
+            Experts `(N, K)` and their weights `(N, K)` in float32; rows sum to 1 if `norm_topk_prob`.
+        """
+        if self.norm_topk_prob:
+            # Softmax over the K kept logits equals softmax over all, top-k, renormalise.
+            kept, experts = logits.topk(self.top_k, dim=-1)  # (N, K) both
+            return experts, kept.softmax(-1)
+        weights, experts = logits.softmax(-1).topk(self.top_k, dim=-1)  # (N, K) both
+        return experts, weights
+
+
 class MoeVlmRouter(nn.Module):
-    """Softmax top-k router; its parameter is the `gate` of a sparse block.
+    """Softmax top-k router; it is the `gate` of a sparse block.
 
     Source: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3-5, without noise; renormalisation as in Mixtral
     (arXiv:2401.04088, sec. 2.1).
@@ -36,10 +61,8 @@ class MoeVlmRouter(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.num_experts = config.num_experts
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.selection = MoeVlmSelection(config)
 
     def forward(self, tokens):
         """Choose K experts for every token.
@@ -48,19 +71,13 @@ class MoeVlmRouter(nn.Module):
             tokens: States `(N, D)` of any floating dtype.
 
         Returns:
-            A [`Routing`]: logits `(N, E)` in float32, weights `(N, K)` in the dtype of `tokens` (rows sum to 1 if
-            `norm_topk_prob`), experts `(N, K)`.
+            A [`Routing`]: logits `(N, E)` in float32, weights `(N, K)` in the dtype of `tokens`, experts `(N, K)`.
         """
         # Float32, autocast off: bf16 softmax flips near-ties, and a flipped tie is another expert
         # (Switch, arXiv:2101.03961, sec. 2.4).
         with torch.autocast(tokens.device.type, enabled=False):
             logits = F.linear(tokens.float(), self.weight.float())  # (N, E)
-            if self.norm_topk_prob:
-                # Softmax over the K kept logits equals softmax over all, top-k, renormalise.
-                kept, experts = logits.topk(self.top_k, dim=-1)  # (N, K) both
-                weights = kept.softmax(-1)
-            else:
-                weights, experts = logits.softmax(-1).topk(self.top_k, dim=-1)  # (N, K) both
+            experts, weights = self.selection(logits)
         return Routing(logits, weights.to(tokens.dtype), experts)
 
 
@@ -103,7 +120,7 @@ class MoeVlmExperts(nn.Module):
                 outputs.append(F.linear(self.act_fn(gate) * up, down[expert]))
         if not outputs:
             # No token at all: zero, yet connected, so that every rank of a distributed run has gradients.
-            return hidden_states * self.gate_up_proj.sum() * self.down_proj.sum() * 0.0
+            return hidden_states * (0.0 * (self.gate_up_proj.sum() + self.down_proj.sum() + top_k_weights.sum()))
         weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(-1)  # (visits, D)
         summed = torch.zeros_like(hidden_states, dtype=weighted.dtype)
         return summed.index_add(0, order // top_k, weighted).to(hidden_states.dtype)
@@ -140,7 +157,7 @@ class MoeVlmSparseBlock(nn.Module):
             self.shared_expert = MoeVlmMLP(config.hidden_size, width, config.expert_act)
 
     def forward(self, hidden_states):
-        """`(..., D)` -> `(..., D)`, one tensor, so that engines can replace the block; routing is recorded beside it."""
+        """`(..., D)` -> `(..., D)`: one tensor, so that an engine can fuse the block; routing is recorded beside it."""
         tokens = hidden_states.flatten(0, -2)  # (N, D)
         routing = self.gate(tokens)
         output = self.experts(tokens, routing.experts, routing.weights).reshape(hidden_states.shape)
@@ -190,5 +207,5 @@ def router_statistics(router_logits, router_indices, token_mask=None):
     return RouterStatistics(*(torch.stack(values) for values in (loads, balances, zs, entropies)))
 
 
-__all__ = ["MoeVlmExperts", "MoeVlmMLP", "MoeVlmRouter", "MoeVlmSparseBlock", "RouterStatistics", "Routing"]
-__all__ += ["router_statistics"]
+__all__ = ["MoeVlmExperts", "MoeVlmMLP", "MoeVlmRouter", "MoeVlmSelection", "MoeVlmSparseBlock"]
+__all__ += ["RouterStatistics", "Routing", "router_statistics"]

@@ -19,15 +19,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .base_moevlm import IS_TRANSFORMERS_5, MoeVlmPreTrainedModel, OutputRecorder, attention_mask_for, recorded
+from .base_moevlm import IS_TRANSFORMERS_5, ROUTER_RECORDERS, MoeVlmPreTrainedModel, attention_mask_for, recorded
 from .configuration_moevlm import MoeVlmConnectorConfig, MoeVlmTextConfig
-from .experts_moevlm import MoeVlmMLP, MoeVlmRouter, MoeVlmSparseBlock, router_statistics
+from .experts_moevlm import MoeVlmMLP, MoeVlmSparseBlock, router_statistics
 from .vision_moevlm import MoeVlmVisionModel, eager_attention_forward
-
-ROUTER_RECORDERS = {
-    "router_logits": OutputRecorder(MoeVlmRouter, index=0),
-    "router_indices": OutputRecorder(MoeVlmRouter, index=2),
-}
 
 
 @dataclass
@@ -381,6 +376,9 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.embed_tokens = value
 
+    def get_decoder(self):
+        return self.language_model
+
     def encode_images(self, pixel_values, output_router_logits=False):
         """Pictures `(I, C, H, W)` -> [`EncodedImages`]."""
         if pixel_values.ndim != 4:
@@ -422,6 +420,13 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
                 )
         positions = image_positions.unsqueeze(-1).expand_as(inputs_embeds)
         return inputs_embeds.masked_scatter(positions, image_tokens.to(inputs_embeds.dtype))
+
+    def refuse_placeholders(self, input_ids):
+        """Raise `ValueError` if a call without pictures has placeholders; a single decoded token is not looked at."""
+        if input_ids is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+            return
+        if (input_ids == self.config.image_token_id).any():
+            raise ValueError("input_ids has image placeholders, but there are no pixel_values; pass the pictures too")
 
     def visit_unused_tower(self, inputs_embeds):
         """A zero that depends on tower and connector, for a training batch without pictures.
@@ -472,8 +477,10 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             encoded = self.encode_images(pixel_values, output_router_logits)
             image_positions = self.image_positions(input_ids, inputs_embeds)
             inputs_embeds = self.merge(inputs_embeds, image_positions, encoded.tokens)
-        elif self.training:
-            inputs_embeds = self.visit_unused_tower(inputs_embeds)
+        else:
+            self.refuse_placeholders(input_ids)
+            if self.training:
+                inputs_embeds = self.visit_unused_tower(inputs_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -655,8 +662,12 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, cache_position=None, **kwargs):
+    # generate() takes inputs_embeds only where they are named here.
+    def prepare_inputs_for_generation(
+        self, input_ids, pixel_values=None, inputs_embeds=None, cache_position=None, **kwargs
+    ):
         """As in transformers, with the pictures at the first step only; later steps find them in the cache."""
+        kwargs["inputs_embeds"] = inputs_embeds
         if IS_TRANSFORMERS_5:  # does the same by itself
             return super().prepare_inputs_for_generation(input_ids, pixel_values=pixel_values, **kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, cache_position=cache_position, **kwargs)
@@ -668,7 +679,9 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         """Repeat each row for beams or samples, and the pictures of each row with it, in the row's order."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:
-            per_row = (input_ids == self.config.image_token_id).sum(-1) // self.config.image_seq_length  # (B,)
+            embeds = model_kwargs.get("inputs_embeds")
+            positions = self.model.image_positions(input_ids if embeds is None else None, embeds)  # (B, S)
+            per_row = positions.sum(-1) // self.config.image_seq_length  # (B,)
             rows = pixel_values.split(per_row.tolist())
             pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

@@ -7,9 +7,9 @@ import transformers
 
 __path__ = [str(Path(__file__).resolve().parent)]
 
-from moevlm.configuration_moevlm import MoeVlmConfig  # noqa: E402  (needs __path__)
-from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration, MoeVlmModel  # noqa: E402
-from moevlm.processing_moevlm import MoeVlmProcessor  # noqa: E402
+from moevlm.configuration_moevlm import MoeVlmConfig
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration, MoeVlmModel
+from moevlm.processing_moevlm import MoeVlmProcessor
 
 # transformers 5 dropped the old name; its successor takes the same calls.
 AutoModelForVision2Seq = getattr(transformers, "AutoModelForVision2Seq", transformers.AutoModelForImageTextToText)

@@ -17,9 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from .base_moevlm import MoeVlmPreTrainedModel, OutputRecorder, recorded
+from .base_moevlm import ROUTER_RECORDERS, MoeVlmPreTrainedModel, init, recorded
 from .configuration_moevlm import MoeVlmVisionConfig
-from .experts_moevlm import MoeVlmRouter, MoeVlmSparseBlock
+from .experts_moevlm import MoeVlmSparseBlock
 
 
 def repeat_kv(states, groups):
@@ -50,6 +50,10 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class MoeVlmStemConv(nn.Conv2d):
+    """A convolution of the stem; a class of its own because it has an initialisation of its own."""
+
+
 class MoeVlmConvStem(nn.Module):
     """3x3 stride-2 convolutions with BatchNorm and ReLU, then 1x1 to the tower's width.
 
@@ -60,7 +64,7 @@ class MoeVlmConvStem(nn.Module):
         super().__init__()
         channels = [config.num_channels, *config.stem_channels]
         self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1, bias=False)
+            MoeVlmStemConv(before, after, kernel_size=3, stride=2, padding=1, bias=False)
             for before, after in zip(channels, channels[1:])
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(after) for after in config.stem_channels)
@@ -212,8 +216,7 @@ class MoeVlmVisionModel(MoeVlmPreTrainedModel):
     _can_record_outputs = {
         "hidden_states": MoeVlmVisionLayer,
         "attentions": MoeVlmVisionAttention,
-        "router_logits": OutputRecorder(MoeVlmRouter, index=0),
-        "router_indices": OutputRecorder(MoeVlmRouter, index=2),
+        **ROUTER_RECORDERS,
     }
 
     def __init__(self, config):
@@ -228,6 +231,14 @@ class MoeVlmVisionModel(MoeVlmPreTrainedModel):
 
     def get_input_embeddings(self):
         return self.embeddings.patch_embedding
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MoeVlmVisionEmbeddings) and module.class_embedding is not None:
+            init.normal_(module.class_embedding, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, MoeVlmStemConv):  # a deep ReLU stack: He et al. 2015 (arXiv:1502.01852)
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @recorded
     def forward(self, pixel_values, **kwargs):
