@@ -1,0 +1,399 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""What a finished model says about pictures, how good that is, and how sure we are of it."""
+
+import re
+import textwrap
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from .processing_moevlm import to_rgb
+
+# Limits, not lengths: generation stops at the end token. COCO captions rarely pass 40 tokens, VQA answers 5.
+MAX_NEW_TOKENS = {"caption": 64, "vqa": 16, "chat": 64}
+TASKS = tuple(MAX_NEW_TOKENS)
+
+
+class Sample(NamedTuple):
+    """One thing to answer: the messages so far, their pictures, and what people answered."""
+
+    id: str
+    task: str
+    read_images: Callable[[], Sequence[Image.Image]]
+    prompt: list[dict[str, Any]]
+    target: str
+    references: Sequence[str] = ()
+    answers: Sequence[str] = ()
+    question_type: str | None = None
+    answer_type: str | None = None
+    refers_back: bool = False
+
+    @property
+    def num_images(self) -> int:
+        return sum(part["type"] == "image" for message in self.prompt for part in message["content"])
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The prompt's pictures as RGB, read anew at each look: a test part need not fit in memory."""
+        return [to_rgb(image) for image in list(self.read_images() or [])[: self.num_images]]
+
+    @property
+    def question(self) -> str:
+        """The text of the last user turn."""
+        return " ".join(part["text"] for part in self.prompt[-1]["content"] if part["type"] == "text")
+
+
+def samples_from(dataset: Iterable[Mapping[str, Any]]) -> list[Sample]:
+    """Everything in an ungrouped data set that can be scored, in its order.
+
+    Captions and questions give one sample each. A dialogue gives one per assistant turn, each with the true history
+    before it, so that one wrong turn is not counted again in the turns after it.
+
+    Raises:
+        ValueError: An unknown task, a record without an answer, or a caption/vqa record with several.
+    """
+    samples: list[Sample] = []
+    lazy = isinstance(dataset, Dataset)
+    for row, record in enumerate(dataset.remove_columns("images") if lazy else dataset):
+        read = (lambda row=row: dataset[row]["images"]) if lazy else (lambda record=record: record["images"])
+        samples += _record_samples(record, read)
+    return samples
+
+
+def _record_samples(record: Mapping[str, Any], read_images: Callable[[], list[Image.Image]]) -> Iterator[Sample]:
+    task, name = record["task"], record["id"]
+    if task not in TASKS:
+        raise ValueError(f"record {name!r} has task={task!r}; use one of {', '.join(TASKS)}")
+    # Arrow fills absent fields with None, which chat templates stumble over.
+    messages = [
+        {**message, "content": [{key: value for key, value in part.items() if value is not None} for part in parts]}
+        for message, parts in ((message, message["content"]) for message in record["messages"])
+    ]
+    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns or (task != "chat" and len(turns) > 1):
+        raise ValueError(
+            f"record {name!r} of task {task!r} holds {len(turns)} assistant turns; scoring needs "
+            f"{'at least one' if task == 'chat' else 'exactly one: load the data with grouped=False'}"
+        )
+    refers_back = record.get("refers_back") or [False] * len(turns)
+    for turn, place in enumerate(turns):
+        yield Sample(
+            id=f"{name}#{turn}" if task == "chat" else str(name),
+            task=task,
+            read_images=read_images,
+            prompt=messages[:place],
+            target=messages[place]["content"][0]["text"],
+            references=record.get("references") or (),
+            answers=record.get("answers") or (),
+            question_type=record.get("question_type"),
+            answer_type=record.get("answer_type"),
+            refers_back=bool(refers_back[turn]),
+        )
+
+
+def with_examples(sample: Sample, pool: Sequence[Sample], num_shots: int, *, seed: int = 0) -> Sample:
+    """The sample with `num_shots` worked examples from the pool before it (few-shot prompting).
+
+    Which ones is drawn from the seed and the sample's id; none shows the sample's own pictures, none another's.
+    """
+    seen = {image.tobytes() for image in sample.images}
+    shots: list[Sample] = []
+    for place in _generator(seed, sample.id).permutation(len(pool)):
+        if len(shots) == num_shots:
+            break
+        pictures = {image.tobytes() for image in pool[place].images}
+        if seen.isdisjoint(pictures):
+            shots.append(pool[place])
+            seen |= pictures
+    if len(shots) < num_shots:
+        raise ValueError(f"num_shots={num_shots} exceeds the {len(shots)} other pictures to draw from; lower it")
+    shots.append(sample)
+    turns = []
+    for shot in shots:
+        turns += [message for message in shot.prompt if message["role"] != "system"]
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": shot.target}]})
+    system = [message for message in sample.prompt if message["role"] == "system"]
+    return sample._replace(
+        prompt=system + turns[:-1], read_images=lambda: [each for shot in shots for each in shot.images]
+    )
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    # Seeded by name, not by place: the same on every rank and in every selection of samples.
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def _noise(sample: Sample, seed: int) -> list[Image.Image]:
+    """Noise in place of the sample's pictures, of the same sizes: what is left is what the words give away."""
+    draws = _generator(seed, sample.id)
+    sizes = [(image.height, image.width, 3) for image in sample.images]
+    return [Image.fromarray(draws.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+
+
+def predict(
+    model,
+    processor,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    max_new_tokens: int | Mapping[str, int] | None = None,
+    blind: bool = False,
+    seed: int = 0,
+) -> list[str]:
+    """The model's greedy answers, in the order of the samples, on every rank.
+
+    Batches of similar samples go to the ranks of `torch.distributed` in turn: each sample is answered exactly once,
+    in the same company, whatever the number of ranks. Every rank needs the whole model (unwrap DDP before).
+
+    Args:
+        batch_size: Samples at a time on each rank.
+        max_new_tokens: A limit for all tasks or one by task; `MAX_NEW_TOKENS` where there is none.
+        blind: Answer about noise of the same size, drawn from `seed`, instead of the pictures.
+    """
+    given = dict.fromkeys(TASKS, max_new_tokens) if isinstance(max_new_tokens, int) else max_new_tokens or {}
+    limits = {**MAX_NEW_TOKENS, **given}
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    render = partial(processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    texts = [render(sample.prompt) for sample in samples]
+    batches = _batches(processor.tokenizer, texts, samples, batch_size)[rank::ranks]
+    answers: dict[int, str] = {}
+    with (
+        torch.inference_mode(),
+        _answering(model, processor.tokenizer),
+        tqdm(total=sum(map(len, batches)), desc="answering", unit="answer", disable=rank != 0) as progress,
+    ):
+        for batch in batches:
+            images = [_noise(samples[place], seed) if blind else samples[place].images for place in batch]
+            limit = limits[samples[batch[0]].task]
+            new = _answer(model, processor, [texts[place] for place in batch], images, max_new_tokens=limit)
+            answers.update(zip(batch, new, strict=True))
+            progress.update(len(batch))
+    if ranks > 1:
+        shards: list[dict[int, str]] = [{}] * ranks
+        dist.all_gather_object(shards, answers)
+        answers = {place: answer for shard in shards for place, answer in shard.items()}
+    return [answers[place] for place in range(len(samples))]
+
+
+def _batches(tokenizer, texts: Sequence[str], samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    """Places of samples, each batch of one task and one number of pictures, the longest (most likely too big) first."""
+    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for place, sample in enumerate(samples):
+        groups[sample.task, sample.num_images].append(place)
+    lengths = [len(ids) for ids in tokenizer(list(texts))["input_ids"]] if texts else []
+    batches = []
+    for key in sorted(groups, reverse=True):
+        places = sorted(groups[key], key=lambda place: -lengths[place])
+        batches += [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+    return batches
+
+
+def _answer(
+    model, processor, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], *, max_new_tokens: int
+) -> list[str]:
+    tokenizer = processor.tokenizer
+    # A template that writes the start token itself must not get a second one from the tokenizer.
+    doubled = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+    images = images if any(images) else None
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=not doubled)
+    dtypes = {name: model.dtype if value.is_floating_point() else None for name, value in inputs.items()}
+    inputs = {name: value.to(model.device, dtypes[name]) for name, value in inputs.items()}
+    # None silences a checkpoint's sampling settings, which greedy decoding would warn about.
+    settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    if model.generation_config.eos_token_id is None:
+        settings["eos_token_id"] = tokenizer.eos_token_id
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    tokens = model.generate(**inputs, **settings, pad_token_id=pad, max_new_tokens=max_new_tokens, use_cache=True)
+    prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    texts = processor.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+@contextmanager
+def _answering(model, tokenizer) -> Iterator[None]:
+    """Evaluation mode and left padding; afterwards each part as it was (frozen parts may rest in evaluation mode)."""
+    modes, side = [(module, module.training) for module in model.modules()], tokenizer.padding_side
+    model.eval()
+    tokenizer.padding_side = "left"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+        for module, training in modes:
+            module.training = training
+
+
+def score(
+    samples: Sequence[Sample], predictions: Sequence[str], metrics: Mapping[str, Any], *, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Scores by task, for the tasks that occur; `interval_95` holds the bootstrap interval of each score.
+
+    Args:
+        metrics: The loaded metric modules "cider", "caption_overlap" and "vqa_accuracy"; the seed is the bootstrap's.
+
+    Returns:
+        caption: CIDEr, what people's captions score (CIDEr_references) and at most could (CIDEr_ceiling), 0..10;
+            BLEU-1..4 and ROUGE-L, 0..1.
+        vqa: vqa_accuracy, exact_match, per_answer_type, per_question_type (percent).
+        chat: turn_accuracy, refers_back_accuracy, token_f1 (percent). Each with n, the number of samples.
+    """
+    scorers = {"caption": _score_captions, "vqa": _score_vqa, "chat": _score_chat}
+    scores: dict[str, dict[str, Any]] = {}
+    for task, scorer in scorers.items():
+        pairs = [pair for pair in zip(samples, predictions, strict=True) if pair[0].task == task]
+        if pairs:
+            values, items = scorer(*map(list, zip(*pairs, strict=True)), metrics)
+            intervals = {
+                name: bootstrap_interval(each, _bleu_4 if name == "BLEU-4" else np.ravel, seed=seed)
+                for name, each in items.items()
+            }
+            scores[task] = {**values, "n": len(pairs), "interval_95": intervals}
+    return scores
+
+
+def _score_captions(samples, predictions, metrics):
+    references = [sample.references or [sample.target] for sample in samples]
+    pairs = {"predictions": predictions, "references": references}
+    cider = metrics["cider"].compute(**pairs, per_item=True, ceiling=True)
+    overlap = metrics["caption_overlap"].compute(**pairs, per_item=True)
+    counts = overlap.pop("per_item")
+    items = {"CIDEr": cider["per_item"], "ROUGE-L": [each["ROUGE-L"] for each in counts]}
+    items["BLEU-4"] = [
+        (*each["matches"], *each["possible"], each["length"], each["reference_length"]) for each in counts
+    ]
+    values = {"CIDEr": cider["CIDEr"], "CIDEr_ceiling": cider["ceiling"], **overlap}
+    if agreement := reference_agreement(references, metrics["cider"]):
+        items["CIDEr_references"], values["CIDEr_references"] = agreement, float(np.mean(agreement))
+    return values, items
+
+
+def _bleu_4(counts: np.ndarray) -> np.ndarray:
+    """BLEU-4 `(R,)` of mean counts `(R, 10)`: matched and possible n-grams of 1..4 words, own and reference length."""
+    # The same guards against zero counts as in the metric.
+    precision = np.exp(np.log((counts[:, :4] + 1e-15) / (counts[:, 4:8] + 1e-9)).mean(1))
+    return precision * np.exp(np.minimum(0.0, 1.0 - (counts[:, 9] + 1e-9) / (counts[:, 8] + 1e-15)))
+
+
+def reference_agreement(references: Sequence[Sequence[str]], cider) -> list[float]:
+    """CIDEr of people's captions, each against the others of its picture: one mean for every picture that has two.
+
+    In round r every picture leaves out its r-th reference, which is scored against the rest; the document
+    frequencies come from the rest too, as they would for a model. The result is the mean over rounds.
+    """
+    several = [list(each) for each in references if len(each) > 1]
+    rounds = []
+    for left_out in range(max(map(len, several), default=0)):
+        guesses = [each[left_out % len(each)] for each in several]
+        rest = [each[: left_out % len(each)] + each[left_out % len(each) + 1 :] for each in several]
+        rounds.append(cider.compute(predictions=guesses, references=rest, per_item=True)["per_item"])
+    return np.mean(rounds, axis=0).tolist() if rounds else []
+
+
+def _score_vqa(samples, predictions, metrics):
+    # The official rule compares ten annotators; one person's answer stands for ten who agree.
+    answers = [sample.answers if len(sample.answers) > 1 else [sample.target] * 10 for sample in samples]
+    types = {f"{kind}s": [getattr(one, kind) for one in samples] for kind in ("question_type", "answer_type")}
+    result = metrics["vqa_accuracy"].compute(predictions=predictions, references=answers, **types)
+    per_question = result.pop("per_question")
+    exact = [100.0 * same_answer(guess, sample.target) for sample, guess in zip(samples, predictions, strict=True)]
+    return {**result, "exact_match": float(np.mean(exact))}, {"vqa_accuracy": per_question, "exact_match": exact}
+
+
+def _score_chat(samples, predictions, metrics):
+    pairs = list(zip(samples, predictions, strict=True))
+    items = {
+        "turn_accuracy": [100.0 * same_answer(guess, sample.target) for sample, guess in pairs],
+        "refers_back_accuracy": [100.0 * same_answer(guess, one.target) for one, guess in pairs if one.refers_back],
+        "token_f1": [100.0 * token_f1(guess, sample.target) for sample, guess in pairs],
+    }
+    items = {name: each for name, each in items.items() if each}
+    return {name: float(np.mean(each)) for name, each in items.items()}, items
+
+
+def same_answer(prediction: str, target: str) -> bool:
+    """Whether the whole answers agree, apart from case and outer spaces."""
+    return prediction.strip().lower() == target.strip().lower()
+
+
+def token_f1(prediction: str, target: str) -> float:
+    """Overlap of words, 0..1: the harmonic mean of precision and recall (Rajpurkar et al. 2016, SQuAD)."""
+    guessed, true = (Counter(re.findall(r"\w+", text.lower())) for text in (prediction, target))
+    if not guessed or not true:
+        return float(guessed == true)
+    return 2.0 * (guessed & true).total() / (guessed.total() + true.total())
+
+
+def bootstrap_interval(
+    values: Sequence, statistic: Callable[[np.ndarray], np.ndarray] = np.ravel, *, seed: int = 0, resamples: int = 1000
+) -> list[float]:
+    """The 95 % percentile interval of a mean over samples drawn with replacement, or of a `statistic` of means.
+
+    Args:
+        values: One number or one row for each of n samples, `(n,)` or `(n, k)`.
+        statistic: Turns the means `(R, k)` of R resamples into estimates `(R,)`.
+    """
+    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    rows, counts = np.unique(values, axis=0, return_counts=True)
+    draws = np.random.default_rng(seed)
+    # Counts of the distinct rows instead of n draws: the same distribution, and accuracies have few of them.
+    sums = [draws.multinomial(len(values), counts / len(values), size=100) @ rows for _ in range(resamples // 100)]
+    return np.percentile(statistic(np.concatenate(sums) / len(values)), [2.5, 97.5]).tolist()
+
+
+def question_only_floor(
+    train_samples: Iterable[Sample], test_samples: Sequence[Sample], metrics: Mapping[str, Any], *, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """What `score` gives to somebody who never looks: the commonest train answer to the same words.
+
+    For words not seen in training it is the commonest answer to the question's type, then to the task.
+    """
+
+    def keys(sample: Sample) -> list[tuple]:
+        return [(sample.task, "words", sample.question), (sample.task, "type", sample.question_type), (sample.task,)]
+
+    tallies: dict[tuple, Counter] = defaultdict(Counter)
+    for sample in train_samples:
+        for key in keys(sample):
+            tallies[key][sample.target] += 1
+    commonest = {key: tally.most_common(1)[0][0] for key, tally in tallies.items()}
+    guesses = [next((commonest[key] for key in keys(sample) if key in commonest), "") for sample in test_samples]
+    return score(test_samples, guesses, metrics, seed=seed)
+
+
+def draw_samples(samples: Sequence[Sample], predictions: Sequence[str], path: str, *, count: int = 12) -> None:
+    """Write a PNG page of samples, spread evenly over tasks and places: the question, the picture, the model's answer
+    and the truth; green where they agree, red where not, blue for captions, which may be good in other words."""
+    tasks = [places for task in TASKS if (places := [at for at, each in enumerate(samples) if each.task == task])]
+    chosen: list[int] = []
+    for shift, places in enumerate(tasks):
+        stride = max(1, len(places) * len(tasks) // count)
+        # Every task starts elsewhere, so that the page does not show the same pictures for each.
+        chosen += places[shift * stride // len(tasks) :: stride][: count // len(tasks)]
+    rows = max(1, -(-len(chosen) // 4))
+    figure = Figure(figsize=(14, 4.6 * rows), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    for card, place in enumerate(chosen, start=1):
+        sample, prediction = samples[place], predictions[place]
+        mark, colour = ("✓ ", "#1b7f3b") if same_answer(prediction, sample.target) else ("✗ ", "#c0271d")
+        mark, colour = ("", "#1f4e8c") if sample.task == "caption" else (mark, colour)
+        axes = figure.add_subplot(rows, 4, card, xticks=[], yticks=[])
+        axes.spines[:].set(color=colour, linewidth=3)
+        if images := sample.images:
+            height = max(image.height for image in images)
+            padded = [ImageOps.pad(image, (image.width, height), color="white") for image in images]
+            axes.imshow(np.concatenate([np.asarray(image) for image in padded], axis=1), interpolation="nearest")
+        answer = [*textwrap.wrap(f"{mark}model: {prediction}", 46), *textwrap.wrap(f"truth: {sample.target}", 46)]
+        axes.set_title("\n".join(textwrap.wrap(sample.question, 40)), fontsize=10, parse_math=False)
+        axes.set_xlabel("\n".join(answer), fontsize=10, color=colour, loc="left", parse_math=False)
+    figure.savefig(path, dpi=100, format="png")
