@@ -29,16 +29,18 @@ PARTS = ("train", "eval", "test")
 TASKS = ("caption", "vqa", "chat")
 CAPTION_PROMPT = "Describe the picture."
 NOT_KEYS = ("folder", "place")
+NOT_STORED = ("weight", "stage", *NOT_KEYS)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes(Entry):
-    """Drawn shapes; `size` counts pictures, each with a caption, questions and a dialogue."""
+    """Drawn shapes, `max_shapes` at most; `size` counts pictures, each with a caption, questions and a dialogue."""
 
     split: str = "train"
     size: int = 1000
+    max_shapes: int = drawn.MAX_SHAPES
     tasks: list = TASKS
 
     CHOICES = {"split": drawn.SPLITS, "tasks": TASKS}
@@ -47,7 +49,7 @@ class Scenes(Entry):
         return units
 
     def units(self, rows: Rows, *, grouped: bool) -> Iterator[Unit]:
-        for scene in drawn.scenes(self.split, self.size, self.seed):
+        for scene in drawn.scenes(self.split, self.size, self.seed, self.max_shapes):
             png = io.BytesIO()
             drawn.picture(scene).save(png, "PNG", compress_level=1)
             name, image = scene.name, png.getvalue()
@@ -318,7 +320,8 @@ def load_mixture(
         if getattr(entry, "streaming", False):
             parts.append(entry.stream(grouped=grouped, skip=skip_bad_rows))
         else:
-            parts.append(_weighted(_stored(entry, grouped=grouped, skip=skip_bad_rows), entry))
+            stored = _weighted(_stored(entry, grouped=grouped, skip=skip_bad_rows), entry)
+            parts.append(stored.add_column("stage", [entry.stage] * len(stored)) if part == "train" else stored)
     if not any(isinstance(one, IterableDataset) for one in parts):
         return datasets.concatenate_datasets(parts)
     parts = [one.to_iterable_dataset() if isinstance(one, Dataset) else one for one in parts]
@@ -332,7 +335,7 @@ def load_mixture(
 
 def _stored(entry: Entry, *, grouped: bool, skip: bool) -> Dataset:
     code = [Path(file).read_text() for file in (__file__, drawn.__file__)]
-    asked = {one.name: getattr(entry, one.name) for one in fields(entry) if one.name not in ("weight", *NOT_KEYS)}
+    asked = {one.name: getattr(entry, one.name) for one in fields(entry) if one.name not in NOT_STORED}
     version = (code, type(entry).__name__, asked, entry.versions(), grouped)
     return records.store(partial(entry.chosen_units, grouped=grouped), entry.place, version, skip=skip)
 

@@ -219,13 +219,17 @@ def _content(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What every source knows: at most `size` records, drawn by `seed`, seen `weight` times in training."""
+    """What every source knows: at most `size` records, drawn by `seed`, seen `weight` times in training.
+
+    In the first epoch of training the entries of a lower `stage` come first: easy pictures before hard ones.
+    """
 
     folder: Path
     place: str
     size: int | None = None
     seed: int = 0
     weight: float = 1.0
+    stage: int = 1
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
 

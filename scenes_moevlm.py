@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations, permutations, product
+from itertools import combinations, count, islice, permutations, product
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
@@ -84,13 +84,19 @@ class Scene(NamedTuple):
     shapes: tuple[Shape, ...]
 
 
-def scenes(split: str, size: int, seed: int = 0) -> Iterator[Scene]:
-    """Give `size` scenes of a split, the same for the same seed; ValueError for a split that does not exist."""
+def scenes(split: str, size: int, seed: int = 0, max_shapes: int = MAX_SHAPES) -> Iterator[Scene]:
+    """Give `size` scenes of a split, the same for the same seed, those of more than `max_shapes` shapes passed over.
+
+    Raises:
+        ValueError: For a split that does not exist, or `max_shapes` outside 1 to 5.
+    """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is none of {', '.join(SPLITS)}")
-    for index in range(size):
-        name = f"scene-{split}-{seed}-{index}"
-        yield Scene(name, _shapes(split, random.Random(name)))
+    if not 1 <= max_shapes <= MAX_SHAPES:
+        raise ValueError(f"max_shapes={max_shapes} must be between 1 and {MAX_SHAPES}")
+    names = (f"scene-{split}-{seed}-{index}" for index in count())
+    drawn = (Scene(name, _shapes(split, random.Random(name))) for name in names)
+    yield from islice((scene for scene in drawn if len(scene.shapes) <= max_shapes), size)
 
 
 def split_of(shapes: Sequence[Shape]) -> str:
@@ -112,14 +118,14 @@ def _shapes(split: str, rng: random.Random) -> tuple[Shape, ...]:
 
 
 def _content(rng: random.Random) -> list[Shape]:
-    count = rng.choices(range(1, MAX_SHAPES + 1), COUNT_WEIGHTS)[0]
+    number = rng.choices(range(1, MAX_SHAPES + 1), COUNT_WEIGHTS)[0]
     colors, kinds = [], []
     for values, drawn in ((tuple(COLORS), colors), (KINDS, kinds)):
-        for _ in range(count):
+        for _ in range(number):
             drawn.append(rng.choice(drawn) if drawn and rng.random() < REPEAT else rng.choice(values))
         rng.shuffle(drawn)
-    cells = sorted(divmod(cell, GRID) for cell in rng.sample(range(GRID * GRID), count))
-    sizes = rng.choices(tuple(SIZES), k=count)
+    cells = sorted(divmod(cell, GRID) for cell in rng.sample(range(GRID * GRID), number))
+    sizes = rng.choices(tuple(SIZES), k=number)
     return [Shape(*known, *cell) for *known, cell in zip(colors, kinds, sizes, cells)]
 
 
