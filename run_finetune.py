@@ -1,0 +1,151 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""Train a MoeVlm, from scratch or from a checkpoint; score it; leave a checkpoint that loads anywhere.
+
+    python run_finetune.py
+    accelerate launch run_finetune.py --model_name_or_path outputs/demo --lora --output_dir outputs/demo-lora
+
+The first line trains `configs/tiny.json` on `configs/data/default.yaml` into `outputs/demo`.
+"""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import evaluate
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoConfig, AutoProcessor, HfArgumentParser, logging, set_seed
+
+from moevlm.checkpoints_moevlm import finish, starting_point
+from moevlm.collating_moevlm import MoeVlmCollator, encode_record
+from moevlm.configuration_moevlm import MoeVlmConfig
+from moevlm.data_moevlm import load_mixture
+from moevlm.evaluation_moevlm import draw_samples, predict, samples_from, score
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
+from moevlm.processing_moevlm import build_processor, train_tokenizer
+from moevlm.reporting_moevlm import headlines, plot_run, run_numbers, table
+from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainer, MoeVlmTrainingArguments, adapt
+
+ROOT = Path(__file__).resolve().parent
+METRICS = ("cider", "caption_overlap", "vqa_accuracy")
+TOKENIZER_RECORDS = 20_000
+
+
+def main():
+    model_args, data_args, args = read_arguments()
+    checkpoint = starting_point(args)
+    set_seed(args.seed)
+    with args.main_process_first(desc="data"):
+        records = read_records(data_args, args.seed)
+        metrics = {name: evaluate.load(str(ROOT / "metrics" / name)) for name in METRICS}
+    model, processor = load(model_args, records["train"])
+    with args.main_process_first(desc="encoding"):
+        train_set, eval_set = (encode(records[part], processor, data_args.max_length) for part in ("train", "dev"))
+
+    def answer(model, samples, blind=False):
+        return predict(model, processor, samples, batch_size=args.per_device_eval_batch_size, blind=blind)
+
+    dev_samples = samples_from(records["eval"])
+    trainer = MoeVlmTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=MoeVlmCollator(processor),
+        processing_class=processor,
+        score_fn=lambda model: headlines(score(dev_samples, answer(model, dev_samples), metrics)),
+    )
+    training = trainer.train(resume_from_checkpoint=checkpoint)
+    model = finish(trainer)
+    test_samples = samples_from(records["test"])
+    predictions, blind = answer(model, test_samples), answer(model, test_samples, blind=True)
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        results, floor = score(test_samples, predictions, metrics), score(test_samples, blind, metrics)
+        draw_samples(test_samples, predictions, f"{args.output_dir}/samples.png")
+        plot_run(trainer.state.log_history, f"{args.output_dir}/plots")
+        run = {"data": str(Path(data_args.data).resolve()), "seed": args.seed, "epochs": args.num_train_epochs}
+        run |= run_numbers(trainer.state, training.metrics, model)
+        numbers = {**results, "blind": floor, "training": run}
+        Path(args.output_dir, "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        print(f"\n{table({'model': results, 'blind': floor})}\n\nCheckpoint, plots and samples: {args.output_dir}")
+    trainer.accelerator.end_training()
+
+
+def read_arguments():
+    """The three argument groups; the library's chatter is switched off, errors and warnings stay."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, MoeVlmTrainingArguments))
+    model_args, data_args, args = parser.parse_args_into_dataclasses()
+    if not (model_args.model_name_or_path or model_args.config):
+        model_args.config = str(ROOT / "configs" / "tiny.json")
+    data_args.data = data_args.data or str(ROOT / "configs" / "data" / "default.yaml")
+    logging.set_verbosity_warning()
+    datasets.disable_progress_bars()
+    return model_args, data_args, args
+
+
+def read_records(data_args, seed):
+    """The records to train on and to follow the loss with (grouped), and to score with (ungrouped)."""
+    limits = {"train": data_args.max_samples, "dev": data_args.eval_max_samples}
+    limits |= {"eval": data_args.eval_max_samples, "test": data_args.test_max_samples}
+    records = {}
+    for name, limit in limits.items():
+        grouped, part = name in ("train", "dev"), "eval" if name == "dev" else name
+        rows = load_mixture(data_args.data, part, grouped=grouped, skip_bad_rows=data_args.skip_bad_rows)
+        if limit is not None and isinstance(rows, Dataset):
+            rows = rows.shuffle(seed=seed).select(range(min(limit, len(rows))))
+        records[name] = rows if limit is None or isinstance(rows, Dataset) else rows.take(limit)
+    return records
+
+
+def load(model_args, records):
+    """Model and processor: from a checkpoint, or from a config and a tokenizer trained on the records' text."""
+    attention = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    if model_args.model_name_or_path:
+        path = model_args.model_name_or_path
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind != MoeVlmConfig.model_type:
+            raise ValueError(f"model_name_or_path={path} holds a {kind!r} model; run_upcycle.py makes a MoeVlm of it")
+        dtype = getattr(torch, model_args.dtype)
+        model = MoeVlmForConditionalGeneration.from_pretrained(path, dtype=dtype, **attention)
+        processor = AutoProcessor.from_pretrained(path)
+    else:
+        config = MoeVlmConfig.from_json_file(model_args.config)
+        vocab_size = model_args.vocab_size or config.text_config.vocab_size
+        tokenizer = train_tokenizer(texts(records), vocab_size) if PartialState().is_main_process else None
+        tokenizer = broadcast_object_list([tokenizer])[0]
+        for part in (config, config.text_config):
+            part.pad_token_id, part.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        config.text_config.vocab_size = len(tokenizer)
+        config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+        processor = build_processor(config, tokenizer)
+        model = MoeVlmForConditionalGeneration._from_config(config, **attention)
+    return adapt(model, model_args), processor
+
+
+def texts(records):
+    """The words of so many records, from all over the mixture, that a tokenizer can learn from them."""
+    words = records.select_columns(["messages"])
+    if isinstance(words, Dataset):
+        words = words.select(range(0, len(words), max(1, len(words) // TOKENIZER_RECORDS)))
+    for record in islice(words, 2 * TOKENIZER_RECORDS):
+        for message in record["messages"]:
+            yield from (part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def encode(records, processor, max_length):
+    """Token ids, labels and packing of each record, beside its still undecoded pictures."""
+    kept = [name for name in ("images", "stage") if name in records.column_names]
+    columns = [name for name in records.column_names if name not in kept]
+    settings = {"fn_kwargs": {"processor": processor, "max_length": max_length}, "remove_columns": columns}
+    if not isinstance(records, Dataset):
+        return records.map(encode_record, **settings)
+    encoded = records.select_columns(columns).map(encode_record, **settings)
+    return concatenate_datasets([records.select_columns(kept), encoded], axis=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Where a run starts, and that its end harms nothing that was there before."""
+
+import json
+import os
+
+import pytest
+import torch
+from peft import PeftModel
+
+from moevlm.checkpoints_moevlm import finish, last_checkpoint, starting_point
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
+from moevlm.processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
+from moevlm.training_moevlm import ModelArguments, MoeVlmTrainer, MoeVlmTrainingArguments, adapt
+
+
+@pytest.fixture
+def model(config):
+    """A model whose vocabulary has room for a tokenizer of bytes."""
+    config.text_config.vocab_size = 262
+    return MoeVlmForConditionalGeneration(config)
+
+
+def arguments(folder, **settings):
+    return MoeVlmTrainingArguments(output_dir=str(folder), report_to="none", disable_tqdm=True, **settings)
+
+
+def trainer_of(model, folder):
+    processor = build_processor(model.config, train_tokenizer(["a"], vocab_size=262))
+    return MoeVlmTrainer(model=model, args=arguments(folder, eval_strategy="no"), processing_class=processor)
+
+
+def checkpoint(folder, step, whole=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    if whole:
+        (path / "trainer_state.json").write_text("{}")
+    return str(path)
+
+
+# The start
+
+
+def test_the_last_whole_checkpoint_is_found_by_number_and_a_cut_off_one_is_not(tmp_path):
+    checkpoint(tmp_path, 9)
+    whole = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 11, whole=False)
+    assert last_checkpoint(str(tmp_path)) == whole
+    assert starting_point(arguments(tmp_path, resume_from_checkpoint="last")) == whole
+    assert starting_point(arguments(tmp_path, resume_from_checkpoint="True")) == whole
+
+
+def test_a_named_checkpoint_is_taken_as_it_is(tmp_path):
+    assert (
+        starting_point(arguments(tmp_path, resume_from_checkpoint="elsewhere/checkpoint-3")) == "elsewhere/checkpoint-3"
+    )
+
+
+def test_resuming_from_nothing_says_so(tmp_path):
+    checkpoint(tmp_path, 3, whole=False)
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint; drop the flag"):
+        starting_point(arguments(tmp_path, resume_from_checkpoint="last"))
+
+
+def test_an_unfinished_run_is_not_deleted_by_a_fresh_start_unless_told(tmp_path):
+    path = checkpoint(tmp_path, 3)
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint last.*--overwrite_output_dir"):
+        starting_point(arguments(tmp_path))
+    assert os.path.exists(path)
+    assert starting_point(arguments(tmp_path, overwrite_output_dir=True)) is None
+    assert not os.path.exists(path)
+
+
+def test_the_checkpoints_of_a_finished_run_make_place_but_its_model_stays(tmp_path):
+    checkpoint(tmp_path, 3)
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("finished")
+    assert starting_point(arguments(tmp_path)) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "model.safetensors"]
+
+
+def test_a_second_run_that_was_cut_off_counts_as_unfinished_though_the_first_one_ended(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    os.utime(tmp_path / "metrics.json", (1, 1))
+    checkpoint(tmp_path, 3)
+    with pytest.raises(FileExistsError):
+        starting_point(arguments(tmp_path))
+
+
+# The end
+
+
+def test_the_finished_folder_holds_model_processor_and_code_and_no_pickles(tmp_path, model):
+    finish(trainer_of(model, tmp_path))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_moevlm.py", "processing_moevlm.py"} <= names
+    assert not names & {"training_args.bin", ".incoming"}
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "moevlm"
+    assert MoeVlmProcessor.from_pretrained(tmp_path).image_token_id == 5
+
+
+def test_a_save_that_fails_leaves_the_older_model(tmp_path, monkeypatch, model):
+    trainer = trainer_of(model, tmp_path)
+    finish(trainer)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    trainer.model.lm_head.weight.data.add_(1.0)
+
+    def disk_full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(trainer.processing_class, "save_pretrained", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        finish(trainer)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_weights_and_adapter_of_an_older_run_do_not_stay_beside_the_new_ones(tmp_path, model):
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("old")
+    (tmp_path / "model.safetensors.index.json").write_text("old")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    finish(trainer_of(model, tmp_path))
+    assert [path.name for path in tmp_path.glob("model*.safetensors*")] == ["model.safetensors"]
+    assert not (tmp_path / "adapter").exists() and (tmp_path / "notes.txt").exists()
+
+
+def test_a_lora_run_leaves_the_adapter_and_the_merged_whole(tmp_path, model, batch):
+    model.save_pretrained(tmp_path / "base")
+    model = adapt(model, ModelArguments(lora=True, lora_rank=2))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    with torch.no_grad():
+        trained = model.eval()(**batch).logits
+        merged = finish(trainer_of(model, tmp_path / "run")).eval()
+        loaded = MoeVlmForConditionalGeneration.from_pretrained(tmp_path / "run").eval()
+        base = MoeVlmForConditionalGeneration.from_pretrained(tmp_path / "base")
+        adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()(**batch).logits
+        assert torch.equal(adapted, trained)
+        # W + BA rounded once instead of (Wx + BAx); a routing tie that flips would show as far more.
+        torch.testing.assert_close(loaded(**batch).logits, trained, atol=1e-4, rtol=1e-3)
+    for name, value in merged.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name

@@ -1,0 +1,390 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""Training: arguments, freezing, learning rates per part, LoRA, and a Trainer that watches answers and routers.
+
+Letters: E experts.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from pyarrow import compute
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import ProgressCallback, Trainer, TrainingArguments
+
+try:
+    from peft import LoraConfig, PeftModel, get_peft_model
+except ImportError:
+    PeftModel = None
+
+PARTS = ("vision", "connector", "language", "router")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+@dataclass
+class ModelArguments:
+    """Where the model comes from, which parts of it learn, and LoRA."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "MoeVlm checkpoint to go on from."})
+    config: str | None = field(default=None, metadata={"help": "Architecture (json) to train from scratch."})
+    vocab_size: int | None = field(default=None, metadata={"help": "Tokens of a new tokenizer; else the config's."})
+    dtype: str = field(default="float32", metadata={"help": "Of the loaded weights; with --bf16 keep float32."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    freeze_vision: bool = field(default=False, metadata={"help": "Keep the vision tower, its routers included."})
+    freeze_connector: bool = field(default=False, metadata={"help": "Keep the connector."})
+    freeze_language: bool = field(default=False, metadata={"help": "Keep the decoder and the head, routers included."})
+    freeze_router: bool = field(default=False, metadata={"help": "Keep every router."})
+    lora: bool = field(default=False, metadata={"help": "Train LoRA on the decoder's attention and on the experts."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale; the update is alpha / rank times B A."})
+    lora_targets: list[str] = field(default_factory=lambda: list(ATTENTION), metadata={"help": "Decoder layers."})
+    lora_experts: bool = field(default=True, metadata={"help": "Whether the stacked experts get LoRA too."})
+
+    def __post_init__(self):
+        if self.model_name_or_path and self.config:
+            raise ValueError(
+                f"model_name_or_path={self.model_name_or_path!r} and config={self.config!r} exclude each other: "
+                "a checkpoint brings its own architecture; drop one"
+            )
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """The members of `PARTS` that shall not learn."""
+        return tuple(part for part in PARTS if getattr(self, f"freeze_{part}"))
+
+
+@dataclass
+class DataArguments:
+    """What is trained on and how much of it."""
+
+    data: str | None = field(default=None, metadata={"help": "Mixture (yaml); configs/data/default.yaml if absent."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a sequence at most; whole turns go."})
+    max_samples: int | None = field(default=None, metadata={"help": "Training records at most."})
+    eval_max_samples: int | None = field(default=512, metadata={"help": "Records to evaluate on while training."})
+    test_max_samples: int | None = field(default=None, metadata={"help": "Test records at most at the end."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Count and report broken rows instead of stopping."})
+
+
+@dataclass
+class MoeVlmTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the demo's defaults; the same names on both transformers lines."""
+
+    output_dir: str = field(default="outputs/demo", metadata={"help": "Checkpoint, metrics, plots and logs go here."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an unfinished run in output_dir."})
+    num_train_epochs: float = field(default=8.0, metadata={"help": "Passes over the data."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences (pictures) a step and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch for evaluation and generation."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate of all parts without their own."})
+    vision_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the vision tower."})
+    connector_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the connector."})
+    router_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of all routers."})
+    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of warm-up steps; --warmup_steps wins."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of matrices (see `decays`)."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Second AdamW beta; 0.98 suits short runs."})
+    logging_steps: float = field(default=20, metadata={"help": "Steps between two lines of the log."})
+    # A filter would hide a non-finite loss from the curves; we stop instead.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave off: a non-finite loss stops."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch, best."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Finish with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="score", metadata={"help": "score: mean over the tasks."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Trackers, or none."})
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Leave as it is."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator needs the pictures."})
+    dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that decode pictures meanwhile."})
+
+    def __post_init__(self):
+        self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if "no" in (self.eval_strategy, self.save_strategy):
+            self.load_best_model_at_end = False
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            # The reentrant kind loses gradients when a part is frozen.
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Warm-up steps by `warmup_steps`, else by `warmup_ratio`, which transformers 5 no longer has."""
+        return super().get_warmup_steps(num_training_steps) or math.ceil(num_training_steps * self.warmup_ratio)
+
+
+def part_of(name: str) -> str:
+    """The tower, "vision", "connector" or "language", that a parameter of this name belongs to."""
+    for part, marker in (("vision", "vision_tower."), ("connector", "connector.")):
+        if marker in name:
+            return part
+    return "language"
+
+
+def is_router(name: str) -> bool:
+    """Whether the parameter of this name belongs to a router."""
+    return ".gate." in name
+
+
+def freeze(model: nn.Module, parts: Iterable[str]) -> None:
+    """Stop the gradients of whole parts; a router is frozen with its tower, or with all others by "router".
+
+    Args:
+        parts: Members of `PARTS`.
+
+    Raises:
+        ValueError: An unknown part, or nothing is left to train.
+    """
+    parts = set(parts)
+    if unknown := parts - set(PARTS):
+        raise ValueError(f"cannot freeze {sorted(unknown)}; the parts are {', '.join(PARTS)}")
+    for name, parameter in model.named_parameters():
+        if part_of(name) in parts or ("router" in parts and is_router(name)):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"nothing is left to train after freezing {sorted(parts)}; free one part")
+
+
+def decays(name: str, module: nn.Module) -> bool:
+    """Whether weight decay applies to a parameter of `module`: not to norms, biases, embeddings and routers."""
+    still = isinstance(module, nn.Embedding) or "Norm" in type(module).__name__ or is_router(name)
+    return not (still or name.endswith("bias") or "position_embedding" in name or "class_embedding" in name)
+
+
+def parameter_groups(model: nn.Module, args: MoeVlmTrainingArguments) -> list[dict[str, Any]]:
+    """Optimizer groups: every learning parameter once, by part, with the part's peak rate and with or without decay.
+
+    The first group has the base rate where one has: its rate is the one that is logged.
+    """
+    rates = {"vision": args.vision_lr, "connector": args.connector_lr, "router": args.router_lr}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for prefix, module in model.named_modules():
+        for short_name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter in seen or not parameter.requires_grad:
+                continue
+            seen.add(parameter)
+            rate = rates["router"] if is_router(short_name) else None
+            rate = rates.get(part_of(short_name)) if rate is None else rate
+            rate = args.learning_rate if rate is None else rate
+            decay = args.weight_decay if decays(short_name, module) else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    order = sorted(groups, key=lambda key: (key[0] != args.learning_rate, *key))
+    return [{"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in order]
+
+
+def default_lora_config(arguments: ModelArguments, model: nn.Module) -> "LoraConfig":
+    """LoRA on the decoder's attention and on the stacked experts of the whole model.
+
+    `target_modules="all-linear"` would skip the experts without a word: they are 3-D parameters, not linear layers.
+    """
+    if PeftModel is None:
+        raise ImportError("lora needs PEFT; run: pip install peft")
+    names = [name for name, _ in model.named_parameters()]
+    experts = [target for target in EXPERT_PARAMETERS if any(name.endswith(target) for name in names)]
+    return LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        # Dropout cannot be applied to the input of a whole parameter.
+        lora_dropout=0.0,
+        target_modules=rf".*language_model\..*\.({'|'.join(arguments.lora_targets)})",
+        target_parameters=experts if arguments.lora_experts else None,
+    )
+
+
+def adapt(model: nn.Module, arguments: ModelArguments) -> nn.Module:
+    """The model with parts frozen and with fresh LoRA adapters, which then learn alone, as the arguments say."""
+    freeze(model, arguments.frozen_parts)
+    return get_peft_model(model, default_lora_config(arguments, model)) if arguments.lora else model
+
+
+def sparse_layers(config) -> dict[str, int]:
+    """Name and number of experts of each sparse layer, in the order in which the model reports them."""
+    vision, connector, text = config.vision_config, config.connector_config, config.text_config
+    layers = {f"vision.{i}": vision.num_experts for i, kind in enumerate(vision.mlp_layer_types) if kind == "sparse"}
+    if connector.num_experts:
+        layers["connector"] = connector.num_experts
+    decoder = {f"decoder.{i}": text.num_experts for i, kind in enumerate(text.mlp_layer_types) if kind == "sparse"}
+    return layers | decoder
+
+
+class RouterWindow:
+    """Means over the steps since the last log, and over all ranks, of what the routers report.
+
+    Args:
+        layers: What `sparse_layers` gives.
+    """
+
+    def __init__(self, layers: dict[str, int]):
+        self.layers = layers
+        self.sums: Tensor | None = None
+
+    def add(self, outputs) -> None:
+        """Add one micro-batch: `aux_loss`, `z_loss`, and of each layer `expert_load` `(E,)` and `router_entropy`."""
+        loads, zero = list(outputs["expert_load"]), outputs["aux_loss"].new_zeros(1)
+        # Without pictures only the decoder reports, which comes last: its layers keep their places.
+        missing = len(self.layers) - len(loads)
+        rows = [outputs["aux_loss"].reshape(1), outputs["z_loss"].reshape(1), zero + 1]
+        for experts in list(self.layers.values())[:missing]:
+            rows.append(zero.expand(experts + 2))
+        for load, entropy in zip(loads, outputs["router_entropy"], strict=True):
+            rows += [load, entropy.reshape(1), zero + 1]
+        numbers = torch.cat(rows).detach().double()
+        self.sums = numbers if self.sums is None else self.sums + numbers
+
+    def take(self, accelerator) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Scalars for the log and the load of each layer's experts; the window is empty afterwards.
+
+        Of each layer: entropy of the router in nats, largest share of an expert, experts that nobody visited.
+        """
+        if self.sums is None:
+            return {}, {}
+        sums = accelerator.reduce(self.sums, reduction="sum").cpu()
+        self.sums = None
+        scalars = {"aux_loss": (sums[0] / sums[2]).item(), "z_loss": (sums[1] / sums[2]).item()}
+        loads = {}
+        rows = sums[3:].split([experts + 2 for experts in self.layers.values()])
+        for name, row in zip(self.layers, rows, strict=True):
+            if row[-1] == 0:
+                continue
+            load = row[:-2] / row[-1]
+            scalars[f"router_entropy_{name}"] = (row[-2] / row[-1]).item()
+            scalars[f"max_load_{name}"] = load.max().item()
+            scalars[f"dead_experts_{name}"] = float((load == 0).sum())
+            loads[name] = [round(share, 5) for share in load.tolist()]
+        return scalars, loads
+
+
+class StagedSampler(Sampler):
+    """Row numbers in random order, batches of like lengths; in the first epoch lower stages come first.
+
+    Like lengths save padding. Easy before hard, because a small model that starts with crowded pictures learns to guess
+    before it learns to see (docs/recipes.md).
+
+    Args:
+        lengths: Tokens of each row.
+        stages: Stage of each row.
+        batch_size: Rows of one step over all ranks.
+        seed: Of the order; the same on every rank.
+    """
+
+    WINDOW = 50  # batches sorted by length together
+
+    def __init__(self, lengths: Sequence[int], stages: Sequence[int], *, batch_size: int, seed: int):
+        self.lengths, self.stages = torch.as_tensor(lengths), torch.as_tensor(stages)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        if self.epoch == 0:
+            order = order[self.stages[order].argsort(stable=True)]
+        for window in order.split(self.WINDOW * self.batch_size):
+            batches = window[self.lengths[window].argsort(stable=True)].split(self.batch_size)
+            for index in torch.randperm(len(batches), generator=generator).tolist():
+                yield from batches[index].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Trainer calls it before each."""
+        self.epoch = epoch
+
+
+class QuietProgress(ProgressCallback):
+    """The progress bar with the last loss beside it, instead of a line for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None:
+            shown = {name: logs[name] for name in ("loss", "eval_score") if name in (logs or {})}
+            self.training_bar.set_postfix({**getattr(self, "shown", {}), **shown})
+            self.shown = {**getattr(self, "shown", {}), **shown}
+
+
+class MoeVlmTrainer(Trainer):
+    """A Trainer that scores generated answers, logs the routers, and stops before a broken step can be saved.
+
+    Args:
+        score_fn: Gets the bare model at each evaluation and gives scores of its generated answers, such as
+            `{"eval_score": 71.0}`; they count for the best checkpoint, the log and the trackers.
+    """
+
+    def __init__(self, *args, score_fn: Callable[[nn.Module], dict[str, float]] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.score_fn = score_fn
+        self.router_window = RouterWindow(sparse_layers(self.model.config))
+        # Frozen batch norms must not go on averaging: their statistics are weights too.
+        self.frozen_norms = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and not any(parameter.requires_grad for parameter in module.parameters())
+        ]
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(QuietProgress)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(parameter_groups(model, self.args), **settings)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        rows = dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
+        lengths = compute.list_value_length(rows).to_numpy()
+        stages = dataset["stage"][:] if "stage" in dataset.column_names else [1] * len(dataset)
+        batch_size = self._train_batch_size * self.accelerator.num_processes
+        return StagedSampler(lengths, stages, batch_size=batch_size, seed=self.args.seed)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self._stop(f"the loss is {loss.item()}")
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        for norm in self.frozen_norms:
+            norm.eval()
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        if model.training and outputs.get("expert_load") is not None:
+            self.router_window.add(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.score_fn is not None and metric_key_prefix == "eval":
+            output.metrics.update(self.score_fn(self.accelerator.unwrap_model(self.model)))
+        return output
+
+    def log(self, logs, *args, **kwargs):
+        scalars, loads = self.router_window.take(self.accelerator) if "loss" in logs else ({}, {})
+        super().log(logs | scalars, *args, **kwargs)
+        if loads:
+            # In the history only: a table is nothing for a tracker.
+            self.state.log_history[-1]["expert_load"] = loads
+
+    def _save_checkpoint(self, model, trial):
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters() if parameter.requires_grad):
+            self._stop("a weight is not finite")
+        super()._save_checkpoint(model, trial)
+
+    def _stop(self, what: str):
+        raise FloatingPointError(
+            f"{what} at step {self.state.global_step + 1}; nothing was saved from this step. Lower "
+            f"learning_rate={self.args.learning_rate} or max_grad_norm={self.args.max_grad_norm} and go on from the "
+            f"last checkpoint in {self.args.output_dir} with --resume_from_checkpoint last"
+        )
