@@ -212,7 +212,8 @@ class MoeVlmVisionConfig(SparseConfig):
                 f"patch_size={self.patch_size}; give log2(patch_size) channels or change patch_size"
             )
         self.check_layer_types()
-        self.check_sparse()
+        if "sparse" in self.mlp_layer_types:
+            self.check_sparse()
 
     @property
     def patches_per_side(self):
@@ -339,6 +340,10 @@ class MoeVlmTextConfig(SparseConfig):
         self.use_cache = use_cache
         self.mlp_layer_types = mlp_layer_types or layer_types_from(moe_layers, num_hidden_layers)
         rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
+        # Before the base class: transformers 5 fills in what is missing, and the checkpoint would mean something else.
+        missing = {"rope_type", "rope_theta"} - set(rope_parameters)
+        if missing:
+            raise ValueError(f"rope_parameters={rope_parameters} lacks {sorted(missing)}; give both")
         # transformers 5 drops these four from the base class, 4.57 sets them there: both ways they must arrive.
         kwargs.update(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
         kwargs.update(tie_word_embeddings=tie_word_embeddings)
@@ -363,11 +368,9 @@ class MoeVlmTextConfig(SparseConfig):
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        missing = {"rope_type", "rope_theta"} - set(self.rope_parameters)
-        if missing:
-            raise ValueError(f"rope_parameters={self.rope_parameters} lacks {sorted(missing)}")
         self.check_layer_types()
-        self.check_sparse()
+        if "sparse" in self.mlp_layer_types:
+            self.check_sparse()
 
     @property
     def expert_act(self):
@@ -423,6 +426,16 @@ class MoeVlmConfig(PretrainedConfig):
             kwargs[name] = getattr(self.text_config, name)
         super().__init__(**kwargs)
         self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """The config of a stored dict; one of another model is refused, where transformers warns and takes defaults."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"model_type={found!r} is another model's, not {cls.model_type!r}; load it with its own class"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def _part(self, name, value):
         config_class = self.sub_configs[name]

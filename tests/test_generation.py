@@ -1,0 +1,145 @@
+"""Decoding: the cache against the full forward, batches against single calls, beams and samples with pictures."""
+
+import pytest
+import torch
+from conftest import IMAGE_TOKEN
+from transformers import DynamicCache, StaticCache
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # another order of sums: float32 roundings of logits of size 1 to 10
+
+
+@pytest.fixture
+def model(tiny):
+    """The tiny model, never stopping early and never writing a placeholder."""
+    tiny.generation_config.eos_token_id = None
+    tiny.generation_config.pad_token_id = 0
+    tiny.generation_config.suppress_tokens = [0, IMAGE_TOKEN]
+    return tiny
+
+
+def row(length, *image_starts):
+    """Random ids `(1, length)` with the four placeholders of a picture from each start on."""
+    ids = torch.randint(6, 64, (1, length))
+    for start in image_starts:
+        ids[:, start : start + 4] = IMAGE_TOKEN
+    return ids
+
+
+def left_padded(rows):
+    length = max(ids.shape[1] for ids in rows)
+    ids = [torch.nn.functional.pad(ids, (length - ids.shape[1], 0)) for ids in rows]
+    masks = [torch.nn.functional.pad(torch.ones_like(each), (length - each.shape[1], 0)) for each in rows]
+    return {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
+
+
+def prompts():
+    """Three rows of different lengths with one, two and no pictures, and all the pictures."""
+    return [row(9, 2), row(17, 0, 10), row(5)], torch.randn(3, 3, 32, 32)
+
+
+def generated(model, **inputs):
+    """The new tokens alone, `(B, new)`."""
+    return model.generate(**inputs, do_sample=False, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+
+
+def one_by_one(model, rows, pixels, **options):
+    images = (pixels[:1], pixels[1:], None)
+    singles = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]
+    for single, pictures in zip(singles, images):
+        if pictures is not None:
+            single["pixel_values"] = pictures
+    return torch.cat([generated(model, **single, **options) for single in singles])
+
+
+def new_cache(kind, model):
+    if kind == "dynamic":
+        return DynamicCache(config=model.config.text_config)
+    return StaticCache(config=model.config.text_config, max_cache_len=32)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward(model, kind, attention):
+    model.set_attn_implementation(attention)
+    ids, pixels = torch.cat([row(20, 1), row(20, 3)]), torch.randn(2, 3, 32, 32)
+    expected = model(input_ids=ids, pixel_values=pixels).logits
+    cache = new_cache(kind, model)
+    positions = torch.arange(20)
+    first = model(input_ids=ids[:, :9], pixel_values=pixels, past_key_values=cache, use_cache=True)
+    steps = [first.logits]
+    # Two tokens at once, then one by one.
+    for chunk in (positions[9:11], *positions[11:].split(1)):
+        output = model(
+            input_ids=ids[:, chunk],
+            past_key_values=cache,
+            use_cache=True,
+            cache_position=chunk,
+            position_ids=chunk.unsqueeze(0),
+        )
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_positions_count_on_from_the_cache(model):
+    ids = row(12)
+    first = model(input_ids=ids[:, :7], use_cache=True)
+    second = model(input_ids=ids[:, 7:], past_key_values=first.past_key_values, use_cache=True)
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), expected, **CLOSE)
+
+
+def test_generate_equals_greedy_choice_by_full_forwards(model):
+    ids, pixels = row(12, 3), torch.randn(1, 3, 32, 32)
+    found, wanted = generated(model, input_ids=ids, pixel_values=pixels), ids
+    for _ in range(6):
+        logits = model(input_ids=wanted, pixel_values=pixels).logits[:, -1]
+        logits[:, [0, IMAGE_TOKEN]] = -torch.inf
+        wanted = torch.cat([wanted, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(found, wanted[:, 12:])
+    assert len(found.unique()) > 1  # a stuck model would agree with anything
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_no_cache_and_a_static_cache_generate_the_same(model, options):
+    rows, pixels = prompts()
+    batch = {**left_padded(rows), "pixel_values": pixels}
+    assert torch.equal(generated(model, **batch, **options), generated(model, **batch))
+
+
+def test_a_batch_of_different_lengths_generates_what_the_single_calls_do(model):
+    rows, pixels = prompts()
+    together = generated(model, **left_padded(rows), pixel_values=pixels)
+    assert torch.equal(together, one_by_one(model, rows, pixels))
+
+
+def test_beams_keep_each_rows_pictures(model):
+    rows, pixels = prompts()
+    together = generated(model, **left_padded(rows), pixel_values=pixels, num_beams=3, num_return_sequences=2)
+    assert together.shape == (6, 6)
+    assert torch.equal(together, one_by_one(model, rows, pixels, num_beams=3, num_return_sequences=2))
+
+
+def test_samples_keep_each_rows_pictures(model):
+    rows, pixels = prompts()
+    batch = {**left_padded(rows), "pixel_values": pixels}
+    options = {"do_sample": True, "top_k": 1, "max_new_tokens": 6, "num_return_sequences": 2}  # one choice: greedy
+    found = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    assert torch.equal(found, generated(model, **batch).repeat_interleave(2, dim=0))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_generation_from_embeddings_equals_generation_from_ids(model, options):
+    ids, pixels = row(12, 3), torch.randn(1, 3, 32, 32)
+    expected = generated(model, input_ids=ids, pixel_values=pixels, **options)
+    embeds = model.get_input_embeddings()(ids)
+    found = model.generate(inputs_embeds=embeds, pixel_values=pixels, do_sample=False, max_new_tokens=6, **options)
+    assert torch.equal(found, expected)
+
+
+def test_the_tower_runs_once_a_generation(model):
+    calls = []
+    model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    generated(model, input_ids=row(12, 3), pixel_values=torch.randn(1, 3, 32, 32))
+    assert len(calls) == 1
