@@ -278,7 +278,7 @@ class StagedSampler(Sampler):
     WINDOW = 50  # batches sorted by length together
 
     def __init__(self, lengths: Sequence[int], stages: Sequence[int], *, batch_size: int, seed: int):
-        self.lengths, self.stages = torch.as_tensor(lengths), torch.as_tensor(stages)
+        self.lengths, self.stages = torch.tensor(lengths), torch.tensor(stages)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -345,7 +345,7 @@ class MoeVlmTrainer(Trainer):
         if not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
         rows = dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
-        lengths = compute.list_value_length(rows).to_numpy()
+        lengths = compute.list_value_length(rows).to_pylist()
         stages = dataset["stage"][:] if "stage" in dataset.column_names else [1] * len(dataset)
         batch_size = self._train_batch_size * self.accelerator.num_processes
         return StagedSampler(lengths, stages, batch_size=batch_size, seed=self.args.seed)

@@ -503,7 +503,7 @@ def test_sources_stand_together_in_one_data_set(tmp_path, captions, vqa, parquet
     lines(tmp_path, {"messages": said("q", "a")})
     records = load(tmp_path, captions, vqa, CHAT, parquet, {"source": "scenes", "size": 1})
     assert {record["task"] for record in records} == {"caption", "vqa", "chat"}
-    assert records.features == records_moevlm.FEATURES
+    assert records.features == {**records_moevlm.FEATURES, "stage": datasets.Value("int64")}
 
 
 def test_a_stream_and_a_stored_source_are_drawn_by_their_weights(tmp_path, parquet):
@@ -599,3 +599,10 @@ def test_a_file_that_is_not_json_is_named(tmp_path, captions):
     write(tmp_path / "captions.json", "{")
     with pytest.raises(ValueError, match=r"captions\.json: is not valid JSON"):
         load(tmp_path, captions)
+
+
+def test_training_records_carry_the_stage_of_their_entry(tmp_path):
+    easy = {"source": "scenes", "size": 1, "max_shapes": 1, "tasks": ["caption"], "stage": 0}
+    hard = {"source": "scenes", "size": 2, "tasks": ["caption"]}
+    assert load(tmp_path, hard, easy)["stage"][:] == [1, 1, 0]
+    assert "stage" not in load(tmp_path, hard, part="eval").column_names

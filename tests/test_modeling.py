@@ -443,3 +443,11 @@ def test_a_bfloat16_model_is_finite_forward_and_backward(config, batch):
     assert output.logits.dtype == torch.bfloat16 and output.logits.isfinite().all()
     assert all(logits.dtype == torch.float32 for logits in output.router_logits)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_recording_routing_leaves_no_module_wrapped(tiny, batch):
+    for _ in range(3):
+        tiny(**batch)  # labels make it record logits and indices of every router
+    wrapped = [name for name, module in tiny.named_modules() if module.forward.__func__ is not type(module).forward]
+    assert not wrapped
+

@@ -232,3 +232,11 @@ def test_no_dialogue_asks_the_same_twice(some):
     for scene in some:
         asked = [turn.question.removeprefix("and ") for turn in dialogue(scene)]
         assert len(set(asked)) == len(asked)
+
+
+def test_max_shapes_passes_over_the_crowded_scenes_of_the_same_seed():
+    everything = list(scenes("train", 200))
+    few = list(scenes("train", 20, max_shapes=2))
+    assert few == [scene for scene in everything if len(scene.shapes) <= 2][:20]
+    with pytest.raises(ValueError, match="max_shapes=6 must be between 1 and 5"):
+        next(scenes("train", 1, max_shapes=6))

@@ -23,6 +23,7 @@ from moevlm.training_moevlm import (
     MoeVlmTrainer,
     MoeVlmTrainingArguments,
     RouterWindow,
+    StagedSampler,
     adapt,
     freeze,
     parameter_groups,
@@ -431,3 +432,27 @@ def test_two_ranks_learn_and_log_the_same_as_one(tmp_path):
         # Batch norm sees half a batch on each rank, so the numbers are near, not equal.
         assert double["loss"] == pytest.approx(single["loss"], rel=0.02)
         assert double["aux_loss"] == pytest.approx(single["aux_loss"], rel=0.05)
+
+
+def sampled(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_the_first_epoch_visits_lower_stages_first_and_later_ones_mix_them():
+    stages = [1, 0] * 500
+    sampler = StagedSampler([1] * 1000, stages, batch_size=2, seed=0)
+    first, second = sampled(sampler, 0), sampled(sampler, 1)
+    assert sorted(first) == sorted(second) == list(range(1000))
+    assert [stages[row] for row in first] == [0] * 500 + [1] * 500
+    assert 200 < sum(stages[row] for row in second[:500]) < 300  # 250 expected, standard deviation 11
+    assert sampled(sampler, 0) == first != second
+
+
+def test_rows_of_one_batch_have_like_lengths():
+    lengths = torch.randint(10, 200, (4000,)).tolist()
+    order = sampled(StagedSampler(lengths, [1] * 4000, batch_size=16, seed=0), 0)
+    batches = [[lengths[row] for row in order[i : i + 16]] for i in range(0, 4000, 16)]
+    padded = sum(max(batch) * len(batch) for batch in batches)
+    assert padded < 1.05 * sum(lengths)  # batches drawn without sorting need 1.8 times
+
