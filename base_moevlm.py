@@ -13,6 +13,7 @@ from .experts_moevlm import MoeVlmExperts, MoeVlmRouter, MoeVlmSelection
 
 try:  # transformers 5
     from transformers import initialization as init
+    from transformers.initialization import copy_ as init_copy_
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 except ImportError:  # transformers 4
@@ -20,6 +21,9 @@ except ImportError:  # transformers 4
     from transformers.utils.generic import OutputRecorder, check_model_inputs
 
     capture_outputs = check_model_inputs
+
+    def init_copy_(tensor, values):
+        return tensor.copy_(values)
 
     def merge_with_config_defaults(forward):
         return forward
@@ -128,4 +132,4 @@ def copy_code(folder):
 
 
 __all__ = ["IS_TRANSFORMERS_5", "ROUTER_RECORDERS", "MoeVlmPreTrainedModel", "attention_mask_for", "copy_code"]
-__all__ += ["init", "recorded"]
+__all__ += ["init", "init_copy_", "recorded"]

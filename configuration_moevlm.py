@@ -289,6 +289,7 @@ class MoeVlmTextConfig(SparseConfig):
         rope_parameters: `{"rope_type": "default", "rope_theta": 10000.0, ...}`, transformers' form.
         tie_word_embeddings: Whether the head reuses the token embeddings.
         use_cache: Whether keys and values are cached by default.
+        embedding_initializer_range: Standard deviation of initial token embeddings; `initializer_range` when None.
         moe_layers: Rule or indices for `mlp_layer_types`, see [`layer_types_from`].
         mlp_layer_types: "dense" or "sparse" for each layer; wins over `moe_layers`.
         pad_token_id, bos_token_id, eos_token_id: Token ids.
@@ -317,6 +318,7 @@ class MoeVlmTextConfig(SparseConfig):
         rope_parameters=None,
         tie_word_embeddings=False,
         use_cache=True,
+        embedding_initializer_range=None,
         moe_layers="alternate",
         mlp_layer_types=None,
         pad_token_id=0,
@@ -338,6 +340,7 @@ class MoeVlmTextConfig(SparseConfig):
         self.use_qk_norm = use_qk_norm
         self.attention_dropout = attention_dropout
         self.use_cache = use_cache
+        self.embedding_initializer_range = embedding_initializer_range
         self.mlp_layer_types = mlp_layer_types or layer_types_from(moe_layers, num_hidden_layers)
         rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
         # Before the base class: transformers 5 fills in what is missing, and the checkpoint would mean something else.

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .base_moevlm import IS_TRANSFORMERS_5, ROUTER_RECORDERS, MoeVlmPreTrainedModel, attention_mask_for, recorded
+from .base_moevlm import IS_TRANSFORMERS_5, ROUTER_RECORDERS, MoeVlmPreTrainedModel, attention_mask_for, init, recorded
 from .configuration_moevlm import MoeVlmConnectorConfig, MoeVlmTextConfig
 from .experts_moevlm import MoeVlmMLP, MoeVlmSparseBlock, router_statistics
 from .vision_moevlm import MoeVlmVisionModel, eager_attention_forward
@@ -232,6 +232,12 @@ class MoeVlmTextModel(MoeVlmPreTrainedModel):
         self.rotary_emb = MoeVlmRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding) and self.config.embedding_initializer_range:
+            init.normal_(module.weight, mean=0.0, std=self.config.embedding_initializer_range)
 
     @recorded
     def forward(
@@ -556,13 +562,16 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
 
         Args:
             outputs: [`MoeVlmModelOutput`] with router logits.
-            attention_mask: `(B, S)`, 1 for a real token, or None.
+            attention_mask: `(B, T)`, 1 for a real token; without a 2-D mask every token counts.
 
         Returns:
             [`RouterLosses`], or None if no layer is sparse.
         """
         if not outputs.router_logits:
             return None
+        if attention_mask is not None:
+            tokens = outputs.last_hidden_state.shape[1]  # the mask covers the cache too
+            attention_mask = attention_mask[:, -tokens:] if attention_mask.ndim == 2 else None
         weighted, parts, entropies, start = 0.0, [], [], 0
         configs = (self.config.vision_config, self.config.connector_config, self.config.text_config)
         for config, layers, mask in zip(configs, outputs.router_layers, (None, None, attention_mask)):
@@ -636,7 +645,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, kept, V)
-        losses = self.router_losses(outputs, mask_of_tokens(attention_mask, outputs.last_hidden_state.shape[1]))
+        losses = self.router_losses(outputs, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -690,13 +699,6 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
-
-
-def mask_of_tokens(attention_mask, length):
-    """The `(B, S)` part of a 2-D attention mask that belongs to this call's `length` tokens, or None."""
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -length:]
 
 
 __all__ = ["MoeVlmConnector", "MoeVlmForConditionalGeneration", "MoeVlmModel", "MoeVlmPreTrainedModel"]

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from .base_moevlm import ROUTER_RECORDERS, MoeVlmPreTrainedModel, init, recorded
+from .base_moevlm import ROUTER_RECORDERS, MoeVlmPreTrainedModel, init, init_copy_, recorded
 from .configuration_moevlm import MoeVlmVisionConfig
 from .experts_moevlm import MoeVlmSparseBlock
 
@@ -77,6 +77,23 @@ class MoeVlmConvStem(nn.Module):
         return self.projection(pixel_values)
 
 
+class MoeVlmPositionEmbedding(nn.Embedding):
+    """Learned positions of a square grid of patches, the class token's first if there is one."""
+
+    def sines(self, side):
+        """Initial positions `(side**2, D)`: sines and cosines of column and row, with a root mean square of 0.5.
+
+        Normal values of `initializer_range` would be lost beside the patches: small models then take long to tell
+        left from right. Source: as in MAE (He et al. 2021, arXiv:2111.06377, app. A.1), for small grids.
+        """
+        quarter = self.embedding_dim // 4
+        frequencies = 100.0 ** -(torch.arange(quarter) / quarter)
+        angles = torch.arange(side).unsqueeze(-1) * frequencies  # (side, D/4)
+        axis = 0.5 * 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, D/2)
+        grid = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], dim=-1)  # (side**2, D), row by row
+        return nn.functional.pad(grid, (0, self.embedding_dim - grid.shape[-1]))
+
+
 class MoeVlmVisionEmbeddings(nn.Module):
     """Patches plus learned positions; positions are interpolated for pictures of another size."""
 
@@ -96,7 +113,7 @@ class MoeVlmVisionEmbeddings(nn.Module):
             )
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if config.use_class_token else None
         positions = self.side**2 + int(config.use_class_token)
-        self.position_embedding = nn.Embedding(positions, config.hidden_size)
+        self.position_embedding = MoeVlmPositionEmbedding(positions, config.hidden_size)
 
     def patch_positions(self, rows, columns):
         """Position embeddings of a `rows x columns` grid, `(1, rows*columns, D)`."""
@@ -237,6 +254,11 @@ class MoeVlmVisionModel(MoeVlmPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MoeVlmVisionEmbeddings) and module.class_embedding is not None:
             init.normal_(module.class_embedding, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, MoeVlmPositionEmbedding):
+            side = self.config.patches_per_side
+            patches = module.weight.new_zeros(module.weight.shape)
+            patches[-(side**2) :] = module.sines(side)
+            init_copy_(module.weight, patches)
         elif isinstance(module, MoeVlmStemConv):  # a deep ReLU stack: He et al. 2015 (arXiv:1502.01852)
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 

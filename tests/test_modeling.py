@@ -450,4 +450,3 @@ def test_recording_routing_leaves_no_module_wrapped(tiny, batch):
         tiny(**batch)  # labels make it record logits and indices of every router
     wrapped = [name for name, module in tiny.named_modules() if module.forward.__func__ is not type(module).forward]
     assert not wrapped
-

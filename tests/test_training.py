@@ -455,4 +455,3 @@ def test_rows_of_one_batch_have_like_lengths():
     batches = [[lengths[row] for row in order[i : i + 16]] for i in range(0, 4000, 16)]
     padded = sum(max(batch) * len(batch) for batch in batches)
     assert padded < 1.05 * sum(lengths)  # batches drawn without sorting need 1.8 times
-
