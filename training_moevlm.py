@@ -78,7 +78,7 @@ class MoeVlmTrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Checkpoint, metrics, plots and logs go here."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an unfinished run in output_dir."})
-    num_train_epochs: float = field(default=8.0, metadata={"help": "Passes over the data."})
+    num_train_epochs: float = field(default=4.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences (pictures) a step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch for evaluation and generation."})
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate of all parts without their own."})
