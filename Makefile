@@ -15,8 +15,8 @@ PYTHON := $(VENV)/bin/python
 demo: $(VENV)/demo.done
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 run_finetune.py \
 		--per_device_train_batch_size 8 --vision_lr 2e-4 --overwrite_output_dir
-	$(PYTHON) run_chat.py --model_name_or_path outputs/demo --question "Describe the picture." \
-		--question "how many shapes are there?"
+	$(PYTHON) run_chat.py --model_name_or_path outputs/demo \
+		--question "Describe the picture." "how many shapes are there?"
 
 test: $(VENV)/test.done
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest

@@ -2,10 +2,10 @@
 """Talk with a checkpoint about pictures, over several turns.
 
     python run_chat.py --model_name_or_path outputs/demo --image photo.png
-    python run_chat.py --model_name_or_path outputs/demo --question "How many shapes are there?"
+    python run_chat.py --model_name_or_path outputs/demo --question "Describe the picture." "how many shapes are there?"
 
 Without a picture one is drawn. At the prompt, `/image PATH` shows another picture, `/new` starts again, an empty line
-ends. `--question`, as often as you like, asks and exits.
+ends. `--question` asks one question after the other and exits.
 """
 
 from dataclasses import dataclass, field
