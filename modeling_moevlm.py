@@ -529,7 +529,11 @@ class RouterLosses(NamedTuple):
     aux_loss: torch.Tensor  # scalar, mean over all layers
     z_loss: torch.Tensor  # scalar, mean over all layers
     expert_load: tuple[torch.Tensor, ...]  # L tensors (E,)
-    entropy: torch.Tensor  # (L,)
+    router_entropy: torch.Tensor  # (L,)
+
+    def reported(self):
+        """Those that [`MoeVlmOutput`] shows, by its names."""
+        return {name: value for name, value in self._asdict().items() if name != "weighted"}
 
 
 class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
@@ -588,6 +592,20 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         loads = tuple(load for part in parts for load in part.load)
         return RouterLosses(weighted, balance.mean(), z.mean(), loads, torch.cat(entropies))
 
+    def total_loss(self, logits, labels, losses, num_items_in_batch=None, **kwargs):
+        """Token loss plus weighted router losses (`losses`, [`RouterLosses`] or None), a scalar.
+
+        With `num_items_in_batch`, the labels of the whole global batch, the token loss is a sum over this number and
+        the router losses weigh as this micro-batch's share of it: neither grows with accumulation or ranks.
+        """
+        loss = self.loss_function(
+            logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        if losses is None:
+            return loss
+        share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+        return loss + share * losses.weighted
+
     @can_return_tuple
     def forward(
         self,
@@ -613,21 +631,10 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             labels: `(B, S)` token ids, -100 where nothing is to be learnt; shifted inside.
             output_router_logits: Whether to return router logits and, without labels too, the router losses.
             logits_to_keep: 0 for logits of all positions, n for the last n, or a tensor of positions.
-            num_items_in_batch: Labels of the whole global batch, as Trainer passes it. The token loss is then a sum
-                over this number, and the router losses weigh as this micro-batch's share of it, so that neither grows
-                with gradient accumulation or ranks.
+            num_items_in_batch: Labels of the whole global batch, as Trainer passes it; see [`total_loss`].
 
         Returns:
             [`MoeVlmOutput`].
-
-        Example:
-
-        ```python
-        >>> model = AutoModelForVision2Seq.from_pretrained("outputs/demo", trust_remote_code=True)
-        >>> processor = AutoProcessor.from_pretrained("outputs/demo", trust_remote_code=True)
-        >>> inputs = processor(images=image, text="<|user|><image>What shape is it?<|assistant|>", return_tensors="pt")
-        >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=8), skip_special_tokens=True)
-        ```
         """
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
@@ -648,21 +655,11 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         losses = self.router_losses(outputs, attention_mask)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch, **kwargs
-            )
-            if losses is not None:
-                share = 1.0
-                if num_items_in_batch is not None:
-                    share = (labels[:, 1:] != -100).sum() / num_items_in_batch
-                loss = loss + share * losses.weighted
+            loss = self.total_loss(logits, labels, losses, num_items_in_batch, **kwargs)
         return MoeVlmOutput(
             loss=loss,
             logits=logits,
-            aux_loss=losses.aux_loss if losses else None,
-            z_loss=losses.z_loss if losses else None,
-            expert_load=losses.expert_load if losses else None,
-            router_entropy=losses.entropy if losses else None,
+            **(losses.reported() if losses else {}),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -219,10 +219,8 @@ def _content(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What every source knows: at most `size` records, drawn by `seed`, seen `weight` times in training.
-
-    In the first epoch of training the entries of a lower `stage` come first: easy pictures before hard ones.
-    """
+    """What every source knows: at most `size` records, drawn by `seed`, seen `weight` times in training, those of a
+    lower `stage` first in the first epoch."""
 
     folder: Path
     place: str

@@ -85,11 +85,8 @@ class Scene(NamedTuple):
 
 
 def scenes(split: str, size: int, seed: int = 0, max_shapes: int = MAX_SHAPES) -> Iterator[Scene]:
-    """Give `size` scenes of a split, the same for the same seed, those of more than `max_shapes` shapes passed over.
-
-    Raises:
-        ValueError: For a split that does not exist, or `max_shapes` outside 1 to 5.
-    """
+    """Give `size` scenes of a split, the same for the same seed, passing over those of more than `max_shapes` shapes;
+    ValueError for a split that does not exist, or `max_shapes` outside 1 to 5."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is none of {', '.join(SPLITS)}")
     if not 1 <= max_shapes <= MAX_SHAPES:
