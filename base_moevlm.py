@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_moevlm import AUTO_MAP, MoeVlmConfig
-from .experts_moevlm import MoeVlmExperts, MoeVlmRouter, MoeVlmSelection
+from .experts_moevlm import MoeVlmExperts
+from .routing_moevlm import MoeVlmRouter, MoeVlmSelection
 
 try:  # transformers 5
     from transformers import initialization as init
@@ -32,7 +33,7 @@ except ImportError:  # transformers 4
 IS_TRANSFORMERS_5 = hasattr(PreTrainedModel, "_can_set_experts_implementation")
 
 # What a checkpoint needs to be loaded elsewhere with trust_remote_code=True.
-SHIPPED = ("configuration", "base", "experts", "vision", "modeling", "processing")
+SHIPPED = ("configuration", "base", "routing", "experts", "vision", "modeling", "processing")
 
 # One recorder a module: transformers 4 leaves a module wrapped for good when two record it.
 ROUTER_RECORDERS = {

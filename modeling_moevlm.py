@@ -21,7 +21,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .base_moevlm import IS_TRANSFORMERS_5, ROUTER_RECORDERS, MoeVlmPreTrainedModel, attention_mask_for, init, recorded
 from .configuration_moevlm import MoeVlmConnectorConfig, MoeVlmTextConfig
-from .experts_moevlm import MoeVlmMLP, MoeVlmSparseBlock, router_statistics
+from .experts_moevlm import MoeVlmMLP, MoeVlmSparseBlock
+from .routing_moevlm import router_statistics
 from .vision_moevlm import MoeVlmVisionModel, eager_attention_forward
 
 

@@ -10,8 +10,8 @@ import torch
 from conftest import IMAGE_TOKEN, tiny_config
 from safetensors.torch import load_file
 
-from moevlm.experts_moevlm import router_statistics
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration, MoeVlmModel
+from moevlm.routing_moevlm import router_statistics
 
 # Another order of sums in a model of eight blocks: float32 roundings of logits of size 1 to 10.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Room: the rooms it may import. Workshop files import shipped ones at most, and data what its sources are made of.
 SHIPPED_MAY_IMPORT = {
     "configuration": set(),
-    "experts": set(),
-    "base": {"experts", "configuration"},
+    "routing": set(),
+    "experts": {"routing"},
+    "base": {"experts", "routing", "configuration"},
     "vision": {"base", "experts", "configuration"},
-    "modeling": {"vision", "base", "experts", "configuration"},
+    "modeling": {"vision", "base", "experts", "routing", "configuration"},
     "processing": {"configuration"},
 }
 WORKSHOP_EXCEPTIONS = {"data": {"scenes", "records"}}
