@@ -9,8 +9,12 @@ import re
 from bisect import bisect_left, bisect_right
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from .processing_moevlm import to_rgb
 
 IGNORED = -100
 INDEPENDENT_TASKS = ("caption", "vqa")
@@ -77,7 +81,7 @@ class MoeVlmCollator:
         """Pad on the right.
 
         Args:
-            rows: `images` beside the columns of `encode_record`.
+            rows: `images` beside the columns of `encode_record`; pictures of a row with `shift` [x, y] are moved.
 
         Returns:
             `input_ids`, `attention_mask` (1 = real), `labels`, `position_ids`, `segment_ids`, each (rows, length), and
@@ -114,7 +118,21 @@ class MoeVlmCollator:
             raise ValueError(
                 f"a row has {len(pictures)} images but its text has {wanted}; encode it again after changing its images"
             )
-        return pictures[:wanted]
+        return [
+            shifted(picture, *row["shift"]) if any(row.get("shift") or ()) else picture for picture in pictures[:wanted]
+        ]
+
+
+def shifted(picture: Image.Image, right: int, down: int) -> Image.Image:
+    """The picture (mode RGB) moved by so many pixels; its edge is repeated where it leaves room.
+
+    Small movements are what a small tower needs to know a shape wherever it lies (docs/recipes.md, easy-VQA).
+    """
+    pixels = np.asarray(to_rgb(picture))  # (H, W, 3)
+    height, width = pixels.shape[:2]
+    rows = np.clip(np.arange(height) - down, 0, height - 1)
+    columns = np.clip(np.arange(width) - right, 0, width - 1)
+    return Image.fromarray(pixels[rows[:, None], columns])
 
 
 def _split_turns(record: dict) -> list[list[dict]]:

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import logging
 import math
+import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,7 @@ PARTS = ("train", "eval", "test")
 TASKS = ("caption", "vqa", "chat")
 CAPTION_PROMPT = "Describe the picture."
 NOT_KEYS = ("folder", "place")
-NOT_STORED = ("weight", "stage", *NOT_KEYS)
+NOT_STORED = ("weight", "stage", "shift", *NOT_KEYS)
 
 logger = logging.getLogger(__name__)
 
@@ -320,8 +321,8 @@ def load_mixture(
         if getattr(entry, "streaming", False):
             parts.append(entry.stream(grouped=grouped, skip=skip_bad_rows))
         else:
-            stored = _weighted(_stored(entry, grouped=grouped, skip=skip_bad_rows), entry)
-            parts.append(stored.add_column("stage", [entry.stage] * len(stored)) if part == "train" else stored)
+            stored = _stored(entry, grouped=grouped, skip=skip_bad_rows)
+            parts.append(_for_training(stored, entry) if part == "train" else stored)
     if not any(isinstance(one, IterableDataset) for one in parts):
         return datasets.concatenate_datasets(parts)
     parts = [one.to_iterable_dataset() if isinstance(one, Dataset) else one for one in parts]
@@ -340,13 +341,18 @@ def _stored(entry: Entry, *, grouped: bool, skip: bool) -> Dataset:
     return records.store(partial(entry.chosen_units, grouped=grouped), entry.place, version, skip=skip)
 
 
-def _weighted(dataset: Dataset, entry: Entry) -> Dataset:
-    """Repeat the records `weight` times; the fraction is drawn by the seed."""
+def _for_training(dataset: Dataset, entry: Entry) -> Dataset:
+    """Repeat the records `weight` times, the fraction drawn by the seed; each copy gets its stage, its shift, and the
+    number of its record, by which copies are known as such."""
+    dataset = dataset.add_column("record", [f"{entry.place} {row}" for row in range(len(dataset))])
     whole, rest = int(entry.weight), round(entry.weight % 1 * len(dataset))
     parts = [dataset] * whole
     if rest or not whole:
         parts.append(dataset.shuffle(seed=entry.seed).take(max(rest, 1)))
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    copies = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    draw = random.Random(entry.seed).randint
+    shifts = [[draw(-entry.shift, entry.shift) for _ in "xy"] for _ in range(len(copies))]
+    return copies.add_column("stage", [entry.stage] * len(copies)).add_column("shift", shifts)
 
 
 class _Loader(yaml.SafeLoader):
@@ -394,6 +400,10 @@ def _entry(spec: Any, folder: Path, place: str, part: str) -> Entry:
             raise ValueError(f"{place}: {key} is {values[key]}; it must be above 0, and finite")
     if values.get("weight", 1) != 1 and part != "train":
         raise ValueError(f"{place}: weight={values['weight']} outside train would score records twice; remove it")
+    if values.get("shift", 0) < 0:
+        raise ValueError(f"{place}: shift={values['shift']} is negative; give the largest shift in pixels, or 0")
+    if values.get("shift") and values.get("streaming"):
+        raise ValueError(f"{place}: shift={values['shift']} needs stored records; remove it or streaming: true")
     return kind(folder=folder, place=place, **values)
 
 

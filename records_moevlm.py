@@ -219,8 +219,8 @@ def _content(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What every source knows: at most `size` records, drawn by `seed`, seen `weight` times in training, those of a
-    lower `stage` first in the first epoch."""
+    """What every source knows: at most `size` records, drawn by `seed`; in training seen `weight` times, each time with
+    pictures moved by up to `shift` pixels, those of a lower `stage` first in the first epoch."""
 
     folder: Path
     place: str
@@ -228,6 +228,7 @@ class Entry:
     seed: int = 0
     weight: float = 1.0
     stage: int = 1
+    shift: int = 0
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
 

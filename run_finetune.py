@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import evaluate
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -138,12 +139,15 @@ def texts(records):
 
 def encode(records, processor, max_length):
     """Token ids, labels and packing of each record, beside its still undecoded pictures."""
-    kept = [name for name in ("images", "stage") if name in records.column_names]
+    kept = [name for name in ("images", "stage", "shift") if name in records.column_names]
     columns = [name for name in records.column_names if name not in kept]
     settings = {"fn_kwargs": {"processor": processor, "max_length": max_length}, "remove_columns": columns}
     if not isinstance(records, Dataset):
         return records.map(encode_record, **settings)
-    encoded = records.select_columns(columns).map(encode_record, **settings)
+    # Copies of a record are encoded once.
+    names = records["record"][:] if "record" in columns else range(len(records))
+    _, first, copies = np.unique(names, return_index=True, return_inverse=True)
+    encoded = records.select(first).select_columns(columns).map(encode_record, **settings).select(copies)
     return concatenate_datasets([records.select_columns(kept), encoded], axis=1)
 
 

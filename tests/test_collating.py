@@ -3,13 +3,14 @@
 
 import copy
 import re
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from moevlm.collating_moevlm import IGNORED, MoeVlmCollator, encode_record
+from moevlm.collating_moevlm import IGNORED, MoeVlmCollator, encode_record, shifted
 from moevlm.processing_moevlm import build_processor, train_tokenizer
 
 LENGTH = 3
@@ -281,3 +282,21 @@ def test_records_may_come_from_datasets_and_their_pictures_stay_closed(processor
     data = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
     encoded = data.map(encode_record, fn_kwargs={"processor": processor}, new_fingerprint="test")
     assert encoded.remove_columns("images")[0]["input_ids"] == encode_record(rows[0], processor)["input_ids"]
+
+
+def test_a_shifted_picture_is_moved_and_its_edge_repeated():
+    picture = Image.new("RGB", (4, 3), "white")
+    picture.putpixel((0, 1), (255, 0, 0))
+    moved = shifted(picture, 2, -1)
+    red = [(x, y) for x, y in product(range(4), range(3)) if moved.getpixel((x, y)) == (255, 0, 0)]
+    assert red == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_the_collator_moves_the_pictures_of_rows_with_a_shift(processor):
+    picture = Image.effect_noise((16, 16), 80).convert("RGB")
+    row = encode_record(record(), processor)
+    collate = MoeVlmCollator(processor)
+    plain = collate([{**row, "images": [picture], "shift": [0, 0]}])["pixel_values"]
+    moved = collate([{**row, "images": [picture], "shift": [3, 0]}])["pixel_values"]
+    wanted = collate([{**row, "images": [shifted(picture, 3, 0)]}])["pixel_values"]
+    assert torch.equal(moved, wanted) and not torch.equal(moved, plain)

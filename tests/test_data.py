@@ -503,7 +503,9 @@ def test_sources_stand_together_in_one_data_set(tmp_path, captions, vqa, parquet
     lines(tmp_path, {"messages": said("q", "a")})
     records = load(tmp_path, captions, vqa, CHAT, parquet, {"source": "scenes", "size": 1})
     assert {record["task"] for record in records} == {"caption", "vqa", "chat"}
-    assert records.features == {**records_moevlm.FEATURES, "stage": datasets.Value("int64")}
+    columns = {"record": datasets.Value("string"), "stage": datasets.Value("int64")}
+    columns["shift"] = datasets.List(datasets.Value("int64"))
+    assert records.features == {**records_moevlm.FEATURES, **columns}
 
 
 def test_a_stream_and_a_stored_source_are_drawn_by_their_weights(tmp_path, parquet):
@@ -606,3 +608,17 @@ def test_training_records_carry_the_stage_of_their_entry(tmp_path):
     hard = {"source": "scenes", "size": 2, "tasks": ["caption"]}
     assert load(tmp_path, hard, easy)["stage"][:] == [1, 1, 0]
     assert "stage" not in load(tmp_path, hard, part="eval").column_names
+
+
+def test_each_copy_of_a_picture_has_a_shift_of_its_own_within_the_bound(tmp_path):
+    spec = {"source": "scenes", "size": 5, "tasks": ["caption"], "weight": 20, "shift": 3}
+    shifts = load(tmp_path, spec)["shift"][:]
+    assert {offset for shift in shifts for offset in shift} == set(range(-3, 4))
+    assert shifts[::5] != [shifts[0]] * 20
+    assert shifts == load(tmp_path, spec)["shift"][:]
+
+
+@pytest.mark.parametrize("shift, message", [(-1, "shift=-1 is negative"), (1.5, "shift is 1.5; it must be int")])
+def test_a_shift_out_of_bounds_is_an_error(tmp_path, shift, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, {"source": "scenes", "size": 1, "shift": shift})
