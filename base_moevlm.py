@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_moevlm import AUTO_MAP, MoeVlmConfig
-from .experts_moevlm import MoeVlmExperts
-from .routing_moevlm import MoeVlmRouter, MoeVlmSelection
+from .experts_moevlm import IMPLEMENTATIONS, MoeVlmExperts
+from .routing_moevlm import MoeVlmCapacity, MoeVlmRouter, MoeVlmSelection
+from .summary_moevlm import summarize
 
 try:  # transformers 5
     from transformers import initialization as init
@@ -33,12 +34,25 @@ except ImportError:  # transformers 4
 IS_TRANSFORMERS_5 = hasattr(PreTrainedModel, "_can_set_experts_implementation")
 
 # What a checkpoint needs to be loaded elsewhere with trust_remote_code=True.
-SHIPPED = ("configuration", "base", "routing", "experts", "vision", "modeling", "processing")
+SHIPPED = (
+    "configuration",
+    "summary",
+    "base",
+    "routing",
+    "router_losses",
+    "kernels",
+    "graphs",
+    "experts",
+    "vision",
+    "modeling",
+    "processing",
+)
 
 # One recorder a module: transformers 4 leaves a module wrapped for good when two record it.
 ROUTER_RECORDERS = {
     "router_logits": OutputRecorder(MoeVlmRouter, index=0),
-    "router_indices": OutputRecorder(MoeVlmSelection, index=0),
+    "router_choices": OutputRecorder(MoeVlmSelection, index=0),
+    "router_indices": OutputRecorder(MoeVlmCapacity, index=0),
 }
 
 
@@ -87,8 +101,7 @@ class MoeVlmPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Our own expert loop has data-dependent shapes; transformers 5 replaces it by one that has not.
-    _can_compile_fullgraph = IS_TRANSFORMERS_5
+    _can_compile_fullgraph = True
 
     @classmethod
     def _can_set_attn_implementation(cls):
@@ -97,6 +110,13 @@ class MoeVlmPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls):
         return True
+
+    def get_correct_experts_implementation(self, requested_experts):
+        """The implementation that a wish, or None, means; ours need no registry. Raises `ValueError` if unknown."""
+        if IS_TRANSFORMERS_5 and requested_experts not in (None, *IMPLEMENTATIONS.ours):
+            return super().get_correct_experts_implementation(requested_experts)
+        IMPLEMENTATIONS.get_interface(requested_experts, None)
+        return requested_experts or "auto"
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -111,6 +131,30 @@ class MoeVlmPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, MoeVlmRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+            if module.allowed is not None:
+                init_copy_(module.allowed, module.allowed_experts())
+
+    @staticmethod
+    def recording(wanted):
+        """The arguments that make a forward record its routing, or not."""
+        return {f"output_{name}": wanted for name in ROUTER_RECORDERS}
+
+    def moe_summary(self):
+        """Where the experts sit, parameters, operations, bytes: a [`MoeSummary`]; `print` shows it as a table."""
+        return summarize(self)
+
+    if not IS_TRANSFORMERS_5:
+
+        def set_experts_implementation(self, experts_implementation):
+            """As in transformers 5: a name for all parts, or a dict of names by `sub_configs` key ("" for the rest)."""
+            wishes = (
+                experts_implementation if isinstance(experts_implementation, dict) else {"": experts_implementation}
+            )
+            for wish in wishes.values():
+                self.get_correct_experts_implementation(wish)
+            self.config._experts_implementation = experts_implementation
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, config and the code that loads them, so that any machine can with `trust_remote_code=True`.

@@ -3,10 +3,19 @@
 
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, AutoProcessor, Trainer, TrainingArguments
+
+from .configuration_moevlm import MoeVlmConfig
+from .modeling_moevlm import MoeVlmForConditionalGeneration
+from .processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
 
 
 def checkpoints(output_dir: str) -> list[Path]:
@@ -57,6 +66,36 @@ def clear(args: TrainingArguments) -> None:
         shutil.rmtree(path)
 
 
+def starting_model(arguments, words: Iterable[str]) -> tuple[MoeVlmForConditionalGeneration, MoeVlmProcessor]:
+    """Model and processor of a checkpoint, or fresh ones of a config with a tokenizer that learns from `words`.
+
+    Args:
+        arguments: `model_name_or_path` and `dtype`, or `config` and `vocab_size`; `attn_implementation`.
+        words: What the model will read; looked at only on the main process and only without a checkpoint.
+
+    Raises:
+        ValueError: The checkpoint holds a model of another kind.
+    """
+    attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    if path := arguments.model_name_or_path:
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind != MoeVlmConfig.model_type:
+            raise ValueError(f"model_name_or_path={path} holds a {kind!r} model; run_upcycle.py makes a MoeVlm of it")
+        dtype = getattr(torch, arguments.dtype)
+        model = MoeVlmForConditionalGeneration.from_pretrained(path, dtype=dtype, **attention)
+        return model, AutoProcessor.from_pretrained(path)
+    config = MoeVlmConfig.from_json_file(arguments.config)
+    vocab_size = arguments.vocab_size or config.text_config.vocab_size
+    tokenizer = train_tokenizer(words, vocab_size) if PartialState().is_main_process else None
+    tokenizer = broadcast_object_list([tokenizer])[0]
+    for part in (config, config.text_config):
+        part.pad_token_id, part.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config.text_config.vocab_size = len(tokenizer)
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    model = MoeVlmForConditionalGeneration._from_config(config, **attention)
+    return model, build_processor(config, tokenizer)
+
+
 def finish(trainer: Trainer) -> nn.Module:
     """Save the finished model into `output_dir`, an adapter beside its merged whole, and give the bare model.
 
@@ -99,3 +138,24 @@ def move_into(incoming: Path, target: Path) -> None:
     if not (incoming / "adapter").exists():
         shutil.rmtree(target / "adapter", ignore_errors=True)
     shutil.rmtree(incoming)
+
+
+@contextmanager
+def whole_folder(output_dir: str, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that takes the place of `output_dir` once it is whole, and vanishes if anything fails.
+
+    Raises:
+        FileExistsError: `output_dir` is not empty, and `overwrite` does not allow to replace it.
+    """
+    target = Path(output_dir).resolve()
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise FileExistsError(f"output_dir={target} is not empty; choose another, or add --overwrite_output_dir")
+    incoming = target.with_name(f".{target.name}.incoming")
+    shutil.rmtree(incoming, ignore_errors=True)
+    try:
+        incoming.mkdir(parents=True)
+        yield incoming
+        shutil.rmtree(target, ignore_errors=True)
+        incoming.rename(target)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)

@@ -12,6 +12,11 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_moevlm.MoeVlmForConditionalGeneration",
 }
 
+# Bounds of routing numbers; 1e-6 stands for: above 0.
+RANGES = {"router_jitter_noise": (0, 1), "shared_expert_mix": (0, 1), "router_top_p": (1e-6, 1)}
+RANGES |= {"routed_scaling_factor": (1e-6, 1e6), "expert_capacity_factor": (1e-6, 1e6)}
+RANGES |= {"router_global_entropy_threshold": (1e-6, 1e6)}
+
 MOE_LAYER_RULES = ("none", "alternate", "first_half", "last_half", "all")
 
 
@@ -57,18 +62,83 @@ def check_positive(config, names):
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
-class SparseConfig(PretrainedConfig):
+class ExpertsConfig(PretrainedConfig):
+    """A config with the choice `experts_implementation`, which both lines take in `from_pretrained` and never store."""
+
+    @property
+    def experts_implementation(self):
+        """Name of the experts' implementation, see `experts_moevlm.py`; None stands for "auto"."""
+        return self._experts_implementation
+
+    @experts_implementation.setter
+    def experts_implementation(self, value):
+        self._experts_implementation = value
+
+    if not hasattr(PretrainedConfig, "_experts_implementation"):  # transformers 4
+
+        @property
+        def _experts_implementation(self):
+            return self.__dict__.get("_experts_implementation_internal")
+
+        @_experts_implementation.setter
+        def _experts_implementation(self, value):
+            own = self._experts_implementation
+            self._experts_implementation_internal = value.get("", own) if isinstance(value, dict) else value
+            for name in self.sub_configs:
+                part = self.__dict__.get(name)
+                if part is not None:
+                    kept = part._experts_implementation
+                    part._experts_implementation = value.get(name, kept) if isinstance(value, dict) else value
+
+        def _remove_keys_not_serialized(self, d):
+            d.pop("_experts_implementation_internal", None)
+            super()._remove_keys_not_serialized(d)
+
+
+class SparseConfig(ExpertsConfig):
     r"""
     The fields that every part with experts shares: decoder, connector and tower.
 
+    With `x` a token, `w_e` the router's row of expert e, all in float32: logits `l_e = w_e x`, scores `s_e`; the K
+    experts with the largest `s_e + b_e` are visited with weights `g_e`; output `sum_e g_e expert_e(x)`.
+
     Args:
         num_experts: E, routed experts of a sparse layer.
-        num_experts_per_tok: K, experts a token visits; 1 <= K <= E.
+        num_experts_per_tok: K, experts a token visits; 1 <= K <= E. May be changed after loading, or for one call by
+            `forward(num_experts_per_tok=...)` and `generate(num_experts_per_tok=...)`.
         moe_intermediate_size: F, width of one expert.
-        norm_topk_prob: Whether the K weights are renormalised to sum to 1.
+        norm_topk_prob: Whether the K weights are renormalised to sum to 1: `g_e = s_e / sum_kept s` (Mixtral,
+            arXiv:2401.04088, sec. 2.1), else `g_e = s_e`.
+        scoring_func: "softmax", `s = softmax(l)` (Shazeer et al. 2017, arXiv:1701.06538, eq. 3), or "sigmoid",
+            `s_e = sigmoid(l_e)`, so that experts do not compete for weight (DeepSeek-V3, arXiv:2412.19437, eq. 15).
+        routed_scaling_factor: Factor on the weights (DeepSeek-V2, arXiv:2405.04434).
+        use_router_bias: Whether `b_e` exists, a float32 buffer for loss-free balancing, which training moves by
+            [`MoeVlmRouter.update_bias`]; it counts in the choice, never in a weight (Wang et al. 2024,
+            arXiv:2408.15664). Without it `b_e = 0`.
+        n_group: Groups of neighbouring experts, equally large; 1 is one pool.
+        topk_group: Groups a token may visit: of the largest sums of their two largest `s_e + b_e` (DeepSeek-V3).
+        router_top_p: Dynamic width, 0 < p <= 1: of the K experts only as many as needed for their probabilities
+            (`s` divided by its sum) to reach p, at least one; None visits all K (Huang et al. 2024, arXiv:2403.07652).
+        expert_modalities: Decoder only: for each expert "shared", "image" or "text", the tokens that may visit it, by
+            `l_e = -inf` elsewhere; generated tokens are text. None shares all (cf. MoMa, arXiv:2407.21770).
+        router_jitter_noise: eps; in training the router sees `x * u`, u uniform in 1 +- eps (Switch, arXiv:2101.03961).
         n_shared_experts: Always-on experts, built as one expert of `n_shared_experts * moe_intermediate_size`.
-        router_aux_loss_coef: Weight of the per-layer balance loss (Switch, arXiv:2101.03961, eq. 4-6).
-        router_z_loss_coef: Weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5).
+        shared_expert_gate: Whether a sigmoid gate scales the shared expert's output (Qwen2-MoE, arXiv:2407.10671).
+        shared_expert_mix: None: `routed + shared` (DeepSeekMoE, arXiv:2401.06066, eq. 9). A number m in [0, 1]:
+            `(1 - m) * routed + m * shared`, which keeps the scale where both are copies of one dense layer.
+        expert_capacity_factor: Vision tower only: each expert takes `ceil(factor * K * N / E)` of the N tokens of a
+            call, further visits are dropped, in training and inference; None drops none (V-MoE, arXiv:2106.05974).
+        batch_priority_routing: Whether, under a capacity, tokens of the largest probability come first; else in order
+            (V-MoE, sec. 4.1). First choices come before second choices either way.
+        router_aux_loss_coef: Weight of the per-layer balance loss `E * sum_e f_e P_e` (Switch, eq. 4-6), f_e the share
+            of visits, P_e the mean probability; under `expert_modalities` each modality's over its own experts.
+        router_aux_loss_per_modality: Whether the decoder's is the mean of the text tokens' and the image tokens' own.
+        router_z_loss_coef: Weight of the router z-loss, mean `logsumexp(l)^2` (ST-MoE, arXiv:2202.08906, eq. 5).
+        router_local_entropy_coef: Weight of the mean entropy of a token's probabilities, so that routers decide;
+            mean of the modalities (LIMoE, arXiv:2206.02770).
+        router_global_entropy_coef: Weight of `max(0, threshold - entropy of the mean probabilities)`, so that a
+            modality uses several experts; mean of the modalities (LIMoE).
+        router_global_entropy_threshold: In nats; ln n asks for at least n experts. None: ln of the experts allowed.
         output_router_logits: Whether outputs hold the router logits without being asked.
         initializer_range: Standard deviation of initial weights.
     """
@@ -79,9 +149,25 @@ class SparseConfig(PretrainedConfig):
         num_experts_per_tok=2,
         moe_intermediate_size=128,
         norm_topk_prob=True,
+        scoring_func="softmax",
+        routed_scaling_factor=1.0,
+        use_router_bias=False,
+        n_group=1,
+        topk_group=1,
+        router_top_p=None,
+        expert_modalities=None,
+        router_jitter_noise=0.0,
         n_shared_experts=0,
+        shared_expert_gate=False,
+        shared_expert_mix=None,
+        expert_capacity_factor=None,
+        batch_priority_routing=False,
         router_aux_loss_coef=0.01,
+        router_aux_loss_per_modality=False,
         router_z_loss_coef=0.001,
+        router_local_entropy_coef=0.0,
+        router_global_entropy_coef=0.0,
+        router_global_entropy_threshold=None,
         output_router_logits=False,
         initializer_range=0.02,
         **kwargs,
@@ -90,12 +176,44 @@ class SparseConfig(PretrainedConfig):
         self.num_experts_per_tok = num_experts_per_tok
         self.moe_intermediate_size = moe_intermediate_size
         self.norm_topk_prob = norm_topk_prob
+        self.scoring_func = scoring_func
+        self.routed_scaling_factor = routed_scaling_factor
+        self.use_router_bias = use_router_bias
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.router_top_p = router_top_p
+        self.expert_modalities = None if expert_modalities is None else list(expert_modalities)
+        self.router_jitter_noise = router_jitter_noise
         self.n_shared_experts = n_shared_experts
+        self.shared_expert_gate = shared_expert_gate
+        self.shared_expert_mix = shared_expert_mix
+        self.expert_capacity_factor = expert_capacity_factor
+        self.batch_priority_routing = batch_priority_routing
         self.router_aux_loss_coef = router_aux_loss_coef
+        self.router_aux_loss_per_modality = router_aux_loss_per_modality
         self.router_z_loss_coef = router_z_loss_coef
+        self.router_local_entropy_coef = router_local_entropy_coef
+        self.router_global_entropy_coef = router_global_entropy_coef
+        self.router_global_entropy_threshold = router_global_entropy_threshold
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
         self.output_router_logits = output_router_logits
+
+    @property
+    def modality_experts(self):
+        """The experts that text tokens may visit, then those for image tokens: two lists of E bools."""
+        kinds = self.expert_modalities or ["shared"] * self.num_experts
+        return [[kind in ("shared", modality) for kind in kinds] for modality in ("text", "image")]
+
+    @property
+    def max_experts_per_tok(self):
+        """The most experts that every token can be given, whatever its groups and its modality."""
+        size, reached = self.num_experts // self.n_group, []
+        for allowed in self.modality_experts:
+            groups = [sum(allowed[start : start + size]) for start in range(0, self.num_experts, size)]
+            # The poorest groups; those without an allowed expert are never chosen.
+            reached.append(sum(sorted(filter(None, groups))[: self.topk_group]))
+        return min(reached)
 
     def check_layer_types(self):
         """Raise `ValueError` unless `mlp_layer_types` has "dense" or "sparse" for each layer."""
@@ -110,15 +228,52 @@ class SparseConfig(PretrainedConfig):
 
     def check_sparse(self):
         """Raise `ValueError` naming field, value and bound unless a sparse layer can be built."""
-        check_positive(self, ("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
+        check_positive(self, ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"))
+        self._check_ranges()
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring_func={self.scoring_func!r} must be 'softmax' or 'sigmoid'")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; "
                 "lower it or add experts"
             )
-        for name in ("n_shared_experts", "router_aux_loss_coef", "router_z_loss_coef"):
+        if self.num_experts % self.n_group or self.topk_group > self.n_group:
+            raise ValueError(
+                f"n_group={self.n_group} must divide num_experts={self.num_experts} and be at least "
+                f"topk_group={self.topk_group}"
+            )
+        if self.shared_expert_mix is not None and not self.n_shared_experts:
+            raise ValueError(f"shared_expert_mix={self.shared_expert_mix} needs n_shared_experts of at least 1")
+        self._check_modalities()
+        if self.num_experts_per_tok > self.max_experts_per_tok:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {self.max_experts_per_tok} experts that "
+                f"some token can reach under n_group={self.n_group}, topk_group={self.topk_group}, "
+                f"expert_modalities={self.expert_modalities}; lower it, raise topk_group or share more experts"
+            )
+
+    def _check_ranges(self):
+        coefficients = [name for name in vars(self) if name.startswith("router_") and name.endswith("_coef")]
+        for name in ("n_shared_experts", *coefficients):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; 0 switches it off")
+        for name, (lowest, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value <= most:
+                raise ValueError(f"{name}={value} must lie between {lowest} and {most}; leave it out to switch it off")
+
+    def _check_modalities(self):
+        kinds = self.expert_modalities
+        if kinds is not None and (len(kinds) != self.num_experts or set(kinds) - {"shared", "image", "text"}):
+            raise ValueError(
+                f"expert_modalities={kinds} must hold 'shared', 'image' or 'text' for each of the "
+                f"num_experts={self.num_experts} experts"
+            )
+
+    def refuse(self, name, reason):
+        """Raise `ValueError` if a field is set that this part has no use for."""
+        if getattr(self, name) is not None:
+            raise ValueError(f"{name}={getattr(self, name)} is not for {self.model_type}: {reason}; leave it None")
 
 
 class MoeVlmVisionConfig(SparseConfig):
@@ -138,12 +293,16 @@ class MoeVlmVisionConfig(SparseConfig):
         stem_channels: Channels of each convolution of the "conv" stem; `patch_size` is 2 to the power of their number.
         hidden_act: Activation of the dense layers (SigLIP "gelu_pytorch_tanh", CLIP "quick_gelu").
         expert_act: Activation of the experts' gate.
+        expert_form: "swiglu", or "mlp": two layers with biases and `hidden_act`, so that an expert can be a copy of a
+            dense layer.
         layer_norm_eps: Epsilon of the layer norms.
         attention_dropout: Dropout on attention weights while training.
         patch_bias: Whether the patch convolution has a bias (SigLIP yes, CLIP no).
         use_class_token: Whether a class token leads the patches (CLIP); the connector never sees it.
         use_pre_layernorm: Whether a norm follows the embeddings (CLIP).
         use_post_layernorm: Whether a norm follows the last block.
+        position_initializer_range: Standard deviation of initial position embeddings. At `initializer_range` they would
+            be lost beside the patches, and small models take long to tell left from right.
         moe_layers: Rule or indices for `mlp_layer_types`, see [`layer_types_from`].
         mlp_layer_types: "dense" or "sparse" for each block; wins over `moe_layers`.
         **kwargs: Fields of [`SparseConfig`].
@@ -165,12 +324,14 @@ class MoeVlmVisionConfig(SparseConfig):
         stem_channels=(32, 64, 96, 128),
         hidden_act="gelu_pytorch_tanh",
         expert_act="silu",
+        expert_form="swiglu",
         layer_norm_eps=1e-6,
         attention_dropout=0.0,
         patch_bias=True,
         use_class_token=False,
         use_pre_layernorm=False,
         use_post_layernorm=True,
+        position_initializer_range=0.5,
         moe_layers="none",
         mlp_layer_types=None,
         **kwargs,
@@ -186,12 +347,14 @@ class MoeVlmVisionConfig(SparseConfig):
         self.stem_channels = list(stem_channels)
         self.hidden_act = hidden_act
         self.expert_act = expert_act
+        self.expert_form = expert_form
         self.layer_norm_eps = layer_norm_eps
         self.attention_dropout = attention_dropout
         self.patch_bias = patch_bias
         self.use_class_token = use_class_token
         self.use_pre_layernorm = use_pre_layernorm
         self.use_post_layernorm = use_post_layernorm
+        self.position_initializer_range = position_initializer_range
         self.mlp_layer_types = mlp_layer_types or layer_types_from(moe_layers, num_hidden_layers)
         super().__init__(**kwargs)
         self._check()
@@ -204,6 +367,8 @@ class MoeVlmVisionConfig(SparseConfig):
             )
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size={self.image_size} is below patch_size={self.patch_size}; enlarge the picture")
+        if self.expert_form not in ("swiglu", "mlp"):
+            raise ValueError(f"expert_form={self.expert_form!r} must be 'swiglu' or 'mlp'")
         if self.stem not in ("patch", "conv"):
             raise ValueError(f"stem={self.stem!r} must be 'patch' or 'conv'")
         if self.stem == "conv" and 2 ** len(self.stem_channels) != self.patch_size:
@@ -211,6 +376,7 @@ class MoeVlmVisionConfig(SparseConfig):
                 f"stem_channels={self.stem_channels} shrinks a picture {2 ** len(self.stem_channels)} times, but "
                 f"patch_size={self.patch_size}; give log2(patch_size) channels or change patch_size"
             )
+        self.refuse("expert_modalities", "its tokens are all image tokens")
         self.check_layer_types()
         if "sparse" in self.mlp_layer_types:
             self.check_sparse()
@@ -264,6 +430,8 @@ class MoeVlmConnectorConfig(SparseConfig):
         check_positive(self, ("pixel_shuffle_factor", "hidden_size"))
         if self.projector not in ("linear", "mlp"):
             raise ValueError(f"projector={self.projector!r} must be 'linear' or 'mlp'")
+        self.refuse("expert_modalities", "its tokens are all image tokens")
+        self.refuse("expert_capacity_factor", "only the vision tower may drop tokens")
         if self.num_experts:
             self.check_sparse()
 
@@ -284,7 +452,8 @@ class MoeVlmTextConfig(SparseConfig):
         max_position_embeddings: Longest sequence that the positions are made for.
         rms_norm_eps: Epsilon of the norms.
         attention_bias: Whether q, k and v have biases (Qwen2).
-        use_qk_norm: Whether q and k heads are normalised (Qwen3).
+        use_qk_norm: Whether q and k are normalised before rotation.
+        qk_norm_per_head: Whether each head is normalised by itself (Qwen3), or all heads as one vector (OLMoE).
         attention_dropout: Dropout on attention weights while training.
         rope_parameters: `{"rope_type": "default", "rope_theta": 10000.0, ...}`, transformers' form.
         tie_word_embeddings: Whether the head reuses the token embeddings.
@@ -314,6 +483,7 @@ class MoeVlmTextConfig(SparseConfig):
         rms_norm_eps=1e-6,
         attention_bias=False,
         use_qk_norm=False,
+        qk_norm_per_head=True,
         attention_dropout=0.0,
         rope_parameters=None,
         tie_word_embeddings=False,
@@ -338,6 +508,7 @@ class MoeVlmTextConfig(SparseConfig):
         self.rms_norm_eps = rms_norm_eps
         self.attention_bias = attention_bias
         self.use_qk_norm = use_qk_norm
+        self.qk_norm_per_head = qk_norm_per_head
         self.attention_dropout = attention_dropout
         self.use_cache = use_cache
         self.embedding_initializer_range = embedding_initializer_range
@@ -371,6 +542,7 @@ class MoeVlmTextConfig(SparseConfig):
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
+        self.refuse("expert_capacity_factor", "a token would be dropped because of tokens that come later")
         self.check_layer_types()
         if "sparse" in self.mlp_layer_types:
             self.check_sparse()
@@ -381,7 +553,7 @@ class MoeVlmTextConfig(SparseConfig):
         return self.hidden_act
 
 
-class MoeVlmConfig(PretrainedConfig):
+class MoeVlmConfig(ExpertsConfig):
     r"""
     The whole model: a vision tower, a connector and a decoder.
 

@@ -23,13 +23,16 @@ from .processing_moevlm import to_rgb
 # Limits, not lengths: generation stops at the end token. COCO captions rarely pass 40 tokens, VQA answers 5.
 MAX_NEW_TOKENS = {"caption": 64, "vqa": 16, "chat": 64}
 TASKS = tuple(MAX_NEW_TOKENS)
+# What a record's task is scored with; each metric's name is that of its first score.
+METRICS = {"caption": "CIDEr", "vqa": "vqa_accuracy", "chat": "turn_accuracy"}
 
 
 class Sample(NamedTuple):
-    """One thing to answer: the messages so far, their pictures, and what people answered."""
+    """One thing to answer: the messages so far, their pictures, and what people answered; how it is scored."""
 
     id: str
     task: str
+    metric: str
     read_images: Callable[[], Sequence[Image.Image]]
     prompt: list[dict[str, Any]]
     target: str
@@ -37,6 +40,7 @@ class Sample(NamedTuple):
     answers: Sequence[str] = ()
     question_type: str | None = None
     answer_type: str | None = None
+    turn: int | None = None
     refers_back: bool = False
 
     @property
@@ -91,6 +95,7 @@ def _record_samples(record: Mapping[str, Any], read_images: Callable[[], list[Im
         yield Sample(
             id=f"{name}#{turn}" if task == "chat" else str(name),
             task=task,
+            metric=METRICS[task],
             read_images=read_images,
             prompt=messages[:place],
             target=messages[place]["content"][0]["text"],
@@ -98,35 +103,9 @@ def _record_samples(record: Mapping[str, Any], read_images: Callable[[], list[Im
             answers=record.get("answers") or (),
             question_type=record.get("question_type"),
             answer_type=record.get("answer_type"),
+            turn=turn + 1 if task == "chat" else None,
             refers_back=bool(refers_back[turn]),
         )
-
-
-def with_examples(sample: Sample, pool: Sequence[Sample], num_shots: int, *, seed: int = 0) -> Sample:
-    """The sample with `num_shots` worked examples from the pool before it (few-shot prompting).
-
-    Which ones is drawn from the seed and the sample's id; none shows the sample's own pictures, none another's.
-    """
-    seen = {image.tobytes() for image in sample.images}
-    shots: list[Sample] = []
-    for place in _generator(seed, sample.id).permutation(len(pool)):
-        if len(shots) == num_shots:
-            break
-        pictures = {image.tobytes() for image in pool[place].images}
-        if seen.isdisjoint(pictures):
-            shots.append(pool[place])
-            seen |= pictures
-    if len(shots) < num_shots:
-        raise ValueError(f"num_shots={num_shots} exceeds the {len(shots)} other pictures to draw from; lower it")
-    shots.append(sample)
-    turns = []
-    for shot in shots:
-        turns += [message for message in shot.prompt if message["role"] != "system"]
-        turns.append({"role": "assistant", "content": [{"type": "text", "text": shot.target}]})
-    system = [message for message in sample.prompt if message["role"] == "system"]
-    return sample._replace(
-        prompt=system + turns[:-1], read_images=lambda: [each for shot in shots for each in shot.images]
-    )
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
@@ -150,6 +129,8 @@ def predict(
     max_new_tokens: int | Mapping[str, int] | None = None,
     blind: bool = False,
     seed: int = 0,
+    known: Mapping[int, str] | None = None,
+    keep: Callable[[Sequence[int], Sequence[str]], None] = lambda places, answers: None,
 ) -> list[str]:
     """The model's greedy answers, in the order of the samples, on every rank.
 
@@ -160,14 +141,20 @@ def predict(
         batch_size: Samples at a time on each rank.
         max_new_tokens: A limit for all tasks or one by task; `MAX_NEW_TOKENS` where there is none.
         blind: Answer about noise of the same size, drawn from `seed`, instead of the pictures.
+        known: Answers of an earlier run by the sample's place, the same on every rank; only whole batches of them are
+            taken over, so that the others are answered in the company they would have had.
+        keep: Called on each rank with the places and answers of each of its batches, as soon as there are any.
     """
-    given = dict.fromkeys(TASKS, max_new_tokens) if isinstance(max_new_tokens, int) else max_new_tokens or {}
-    limits = {**MAX_NEW_TOKENS, **given}
+    tasks = {sample.task for sample in samples}
+    given = dict.fromkeys(tasks, max_new_tokens) if isinstance(max_new_tokens, int) else max_new_tokens or {}
+    known, limits = known or {}, {**MAX_NEW_TOKENS, **given}
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     render = partial(processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
     texts = [render(sample.prompt) for sample in samples]
-    batches = _batches(processor.tokenizer, texts, samples, batch_size)[rank::ranks]
-    answers: dict[int, str] = {}
+    batches = _batches(processor.tokenizer, texts, samples, batch_size)
+    whole = [batch for batch in batches if all(place in known for place in batch)]
+    answers = {place: known[place] for batch in whole for place in batch}
+    batches = [batch for batch in batches if batch[0] not in answers][rank::ranks]
     with (
         torch.inference_mode(),
         _answering(model, processor.tokenizer),
@@ -178,6 +165,7 @@ def predict(
             limit = limits[samples[batch[0]].task]
             new = _answer(model, processor, [texts[place] for place in batch], images, max_new_tokens=limit)
             answers.update(zip(batch, new, strict=True))
+            keep(batch, new)
             progress.update(len(batch))
     if ranks > 1:
         shards: list[dict[int, str]] = [{}] * ranks
@@ -234,6 +222,14 @@ def _answering(model, tokenizer) -> Iterator[None]:
             module.training = training
 
 
+class Rules(NamedTuple):
+    """Choices among published ways to score; the defaults are the official ones."""
+
+    document_frequencies: Mapping[str, Any] | None = None  # CIDEr's table; None: made from the scored references
+    java_metrics: Sequence[str] = ()  # METEOR, SPICE
+    normalize: str = "official"  # VQA answers: "official", or "always" as other harnesses do
+
+
 def score(
     samples: Sequence[Sample], predictions: Sequence[str], metrics: Mapping[str, Any], *, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
@@ -243,39 +239,61 @@ def score(
         metrics: The loaded metric modules "cider", "caption_overlap" and "vqa_accuracy"; the seed is the bootstrap's.
 
     Returns:
-        caption: CIDEr, what people's captions score (CIDEr_references) and at most could (CIDEr_ceiling), 0..10;
+        By metric, each with n, the number of samples.
+        CIDEr: CIDEr, what people's captions score (CIDEr_references) and at most could (CIDEr_ceiling), 0..10;
             BLEU-1..4 and ROUGE-L, 0..1.
-        vqa: vqa_accuracy, exact_match, per_answer_type, per_question_type (percent).
-        chat: turn_accuracy, refers_back_accuracy, token_f1 (percent). Each with n, the number of samples.
+        vqa_accuracy: vqa_accuracy, exact_match, per_answer_type, per_question_type (percent).
+        turn_accuracy: turn_accuracy, refers_back_accuracy, token_f1 (percent).
     """
-    scorers = {"caption": _score_captions, "vqa": _score_vqa, "chat": _score_chat}
+    return score_each(samples, predictions, metrics, seed=seed, rules=Rules())[0]
+
+
+def score_each(
+    samples, predictions, metrics, *, seed: int, rules: Rules
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """What `score` gives, and the scores of each sample; in the place of its BLEU-4 stand the counts to add up."""
+    scorers = {"CIDEr": _score_captions, "vqa_accuracy": _score_vqa, "turn_accuracy": _score_dialogues}
+    pairs = list(zip(samples, predictions, strict=True))
+    tasks = {sample.task: sample.metric for sample in samples}
     scores: dict[str, dict[str, Any]] = {}
-    for task, scorer in scorers.items():
-        pairs = [pair for pair in zip(samples, predictions, strict=True) if pair[0].task == task]
-        if pairs:
-            values, items = scorer(*map(list, zip(*pairs, strict=True)), metrics)
-            intervals = {
-                name: bootstrap_interval(each, _bleu_4 if name == "BLEU-4" else np.ravel, seed=seed)
-                for name, each in items.items()
-            }
-            scores[task] = {**values, "n": len(pairs), "interval_95": intervals}
-    return scores
+    rows: list[dict[str, Any]] = [{} for _ in pairs]
+    for task, metric in sorted(tasks.items(), key=lambda task: list(scorers).index(task[1])):
+        places = [place for place, (sample, _) in enumerate(pairs) if sample.task == task]
+        chosen = [samples[place] for place in places]
+        values, items = scorers[metric](chosen, [predictions[place] for place in places], metrics, rules)
+        for name, column in items.items():
+            for place, value in zip(places, column, strict=True):
+                rows[place] |= {} if value is None else {name: value}
+        intervals = {
+            name: bootstrap_interval([value for value in column if value is not None], statistic_of(name), seed=seed)
+            for name, column in items.items()
+        }
+        scores[task] = {**values, "n": len(places), "interval_95": intervals}
+    return scores, rows
 
 
-def _score_captions(samples, predictions, metrics):
+def _score_captions(samples, predictions, metrics, rules):
     references = [sample.references or [sample.target] for sample in samples]
-    pairs = {"predictions": predictions, "references": references}
-    cider = metrics["cider"].compute(**pairs, per_item=True, ceiling=True)
-    overlap = metrics["caption_overlap"].compute(**pairs, per_item=True)
+    pairs = {"predictions": predictions, "references": references, "per_item": True}
+    table = rules.document_frequencies
+    cider = metrics["cider"].compute(**pairs, ceiling=True, document_frequencies=table)
+    overlap = metrics["caption_overlap"].compute(**pairs, java_metrics=rules.java_metrics)
     counts = overlap.pop("per_item")
-    items = {"CIDEr": cider["per_item"], "ROUGE-L": [each["ROUGE-L"] for each in counts]}
+    items = {"CIDEr": cider["per_item"]}
+    items["ROUGE-L"] = [each["ROUGE-L"] for each in counts]
     items["BLEU-4"] = [
         (*each["matches"], *each["possible"], each["length"], each["reference_length"]) for each in counts
     ]
     values = {"CIDEr": cider["CIDEr"], "CIDEr_ceiling": cider["ceiling"], **overlap}
-    if agreement := reference_agreement(references, metrics["cider"]):
-        items["CIDEr_references"], values["CIDEr_references"] = agreement, float(np.mean(agreement))
+    if agreement := reference_agreement(references, metrics["cider"], table):
+        values["CIDEr_references"], remaining = (float(np.mean(agreement)), iter(agreement))
+        items["CIDEr_references"] = [next(remaining) if len(each) > 1 else None for each in references]
     return values, items
+
+
+def statistic_of(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes a score of the means of its samples' rows: BLEU-4 is no mean of the samples' own."""
+    return _bleu_4 if name == "BLEU-4" else np.ravel
 
 
 def _bleu_4(counts: np.ndarray) -> np.ndarray:
@@ -285,40 +303,41 @@ def _bleu_4(counts: np.ndarray) -> np.ndarray:
     return precision * np.exp(np.minimum(0.0, 1.0 - (counts[:, 9] + 1e-9) / (counts[:, 8] + 1e-15)))
 
 
-def reference_agreement(references: Sequence[Sequence[str]], cider) -> list[float]:
+def reference_agreement(references: Sequence[Sequence[str]], cider, table=None) -> list[float]:
     """CIDEr of people's captions, each against the others of its picture: one mean for every picture that has two.
 
     In round r every picture leaves out its r-th reference, which is scored against the rest; the document
-    frequencies come from the rest too, as they would for a model. The result is the mean over rounds.
+    frequencies come from the table or from the rest, as for a model. The result is the mean over rounds.
     """
     several = [list(each) for each in references if len(each) > 1]
     rounds = []
     for left_out in range(max(map(len, several), default=0)):
         guesses = [each[left_out % len(each)] for each in several]
         rest = [each[: left_out % len(each)] + each[left_out % len(each) + 1 :] for each in several]
-        rounds.append(cider.compute(predictions=guesses, references=rest, per_item=True)["per_item"])
+        scored = cider.compute(predictions=guesses, references=rest, per_item=True, document_frequencies=table)
+        rounds.append(scored["per_item"])
     return np.mean(rounds, axis=0).tolist() if rounds else []
 
 
-def _score_vqa(samples, predictions, metrics):
+def _score_vqa(samples, predictions, metrics, rules):
     # The official rule compares ten annotators; one person's answer stands for ten who agree.
     answers = [sample.answers if len(sample.answers) > 1 else [sample.target] * 10 for sample in samples]
     types = {f"{kind}s": [getattr(one, kind) for one in samples] for kind in ("question_type", "answer_type")}
-    result = metrics["vqa_accuracy"].compute(predictions=predictions, references=answers, **types)
+    pairs = {"predictions": predictions, "references": answers, "normalize": rules.normalize}
+    result = metrics["vqa_accuracy"].compute(**pairs, **types)
     per_question = result.pop("per_question")
     exact = [100.0 * same_answer(guess, sample.target) for sample, guess in zip(samples, predictions, strict=True)]
-    return {**result, "exact_match": float(np.mean(exact))}, {"vqa_accuracy": per_question, "exact_match": exact}
+    values = {**result, "exact_match": float(np.mean(exact)), "normalize": rules.normalize}
+    return values, {"vqa_accuracy": per_question, "exact_match": exact}
 
 
-def _score_chat(samples, predictions, metrics):
-    pairs = list(zip(samples, predictions, strict=True))
-    items = {
-        "turn_accuracy": [100.0 * same_answer(guess, sample.target) for sample, guess in pairs],
-        "refers_back_accuracy": [100.0 * same_answer(guess, one.target) for one, guess in pairs if one.refers_back],
-        "token_f1": [100.0 * token_f1(guess, sample.target) for sample, guess in pairs],
-    }
-    items = {name: each for name, each in items.items() if each}
-    return {name: float(np.mean(each)) for name, each in items.items()}, items
+def _score_dialogues(samples, predictions, metrics, rules):
+    right = [100.0 * same_answer(guess, one.target) for one, guess in zip(samples, predictions, strict=True)]
+    back = [value if one.refers_back else None for one, value in zip(samples, right, strict=True)]
+    f1 = [100.0 * token_f1(guess, one.target) for one, guess in zip(samples, predictions, strict=True)]
+    items = {"turn_accuracy": right, "refers_back_accuracy": back, "token_f1": f1}
+    items = {name: column for name, column in items.items() if any(value is not None for value in column)}
+    return {name: float(np.mean([v for v in column if v is not None])) for name, column in items.items()}, items
 
 
 def same_answer(prediction: str, target: str) -> bool:
@@ -351,30 +370,11 @@ def bootstrap_interval(
     return np.percentile(statistic(np.concatenate(sums) / len(values)), [2.5, 97.5]).tolist()
 
 
-def question_only_floor(
-    train_samples: Iterable[Sample], test_samples: Sequence[Sample], metrics: Mapping[str, Any], *, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """What `score` gives to somebody who never looks: the commonest train answer to the same words.
-
-    For words not seen in training it is the commonest answer to the question's type, then to the task.
-    """
-
-    def keys(sample: Sample) -> list[tuple]:
-        return [(sample.task, "words", sample.question), (sample.task, "type", sample.question_type), (sample.task,)]
-
-    tallies: dict[tuple, Counter] = defaultdict(Counter)
-    for sample in train_samples:
-        for key in keys(sample):
-            tallies[key][sample.target] += 1
-    commonest = {key: tally.most_common(1)[0][0] for key, tally in tallies.items()}
-    guesses = [next((commonest[key] for key in keys(sample) if key in commonest), "") for sample in test_samples]
-    return score(test_samples, guesses, metrics, seed=seed)
-
-
 def draw_samples(samples: Sequence[Sample], predictions: Sequence[str], path: str, *, count: int = 12) -> None:
     """Write a PNG page of samples, spread evenly over tasks and places: the question, the picture, the model's answer
     and the truth; green where they agree, red where not, blue for captions, which may be good in other words."""
-    tasks = [places for task in TASKS if (places := [at for at, each in enumerate(samples) if each.task == task])]
+    names = dict.fromkeys(sample.task for sample in samples)
+    tasks = [[place for place, each in enumerate(samples) if each.task == name] for name in names]
     chosen: list[int] = []
     for shift, places in enumerate(tasks):
         stride = max(1, len(places) * len(tasks) // count)
@@ -386,7 +386,7 @@ def draw_samples(samples: Sequence[Sample], predictions: Sequence[str], path: st
     for card, place in enumerate(chosen, start=1):
         sample, prediction = samples[place], predictions[place]
         mark, colour = ("✓ ", "#1b7f3b") if same_answer(prediction, sample.target) else ("✗ ", "#c0271d")
-        mark, colour = ("", "#1f4e8c") if sample.task == "caption" else (mark, colour)
+        mark, colour = ("", "#1f4e8c") if sample.metric == "CIDEr" else (mark, colour)
         axes = figure.add_subplot(rows, 4, card, xticks=[], yticks=[])
         axes.spines[:].set(color=colour, linewidth=3)
         if images := sample.images:

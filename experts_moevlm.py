@@ -4,36 +4,121 @@
 Shapes: B batch, S sequence, N = B*S tokens, D hidden, E experts, K experts per token, F expert width.
 """
 
+from functools import wraps
+
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from .graphs_moevlm import batched_experts, dense_experts, fits_grouped_mm, grouped_mm_experts, opaque_experts
+from .kernels_moevlm import activation, decode_experts, eager_experts, grouped_experts
 from .routing_moevlm import MoeVlmRouter
 
 try:  # transformers 5: lets every engine that knows the interface replace the experts' forward
     from transformers.integrations import use_experts_implementation
+    from transformers.integrations.moe import ExpertsInterface
 except ImportError:  # transformers 4
+    ExpertsInterface = dict
 
-    def use_experts_implementation(experts_class):
-        return experts_class
+    def use_experts_implementation(*, experts_interface):
+        """As in transformers 5: the config's `_experts_implementation` chooses what the forward of a class runs."""
+
+        def decorate(experts_class):
+            reference = experts_class.forward
+
+            @wraps(reference)
+            def forward(self, *args, **kwargs):
+                run = experts_interface.get_interface(self.config._experts_implementation, reference)
+                return run(self, *args, **kwargs)
+
+            experts_class.forward = forward
+            return experts_class
+
+        return decorate
 
 
-@use_experts_implementation
+def on_parameters(run, hide=False):
+    """`run` of the kernels as a function of the module and what was routed to it.
+
+    With `hide`, torch.compile sees an operator in place of it: its shapes depend on the routing.
+    """
+
+    def forward(experts, hidden_states, top_k_index, top_k_weights):
+        routed = hidden_states, top_k_index, top_k_weights
+        weights = experts.gate_up_proj, experts.down_proj  # once: an adapter may compute them
+        if hide and torch.compiler.is_compiling():
+            return opaque_experts(*routed, *weights, experts.act_name)
+        return run(*routed, *weights, experts.act_fn)
+
+    return forward
+
+
+def automatic_experts(tokens, experts, weights, gate_up, down, act):
+    """The fastest form for this device, shape and purpose, if it is not torch.compile that looks."""
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if (tokens.is_cuda or exporting) and fits_grouped_mm(tokens, gate_up):
+        return grouped_mm_experts(tokens, experts, weights, gate_up, down, act)
+    run = dense_experts if exporting else decode_experts
+    return run(tokens, experts, weights, gate_up, down, act)
+
+
+def automatic(experts, hidden_states, top_k_index, top_k_weights):
+    """[`automatic_experts`], and what torch.compile shall see."""
+    grouped_mm = hidden_states.is_cuda and fits_grouped_mm(hidden_states, experts.gate_up_proj)
+    hide = not grouped_mm and not torch.compiler.is_exporting()
+    return on_parameters(automatic_experts, hide)(experts, hidden_states, top_k_index, top_k_weights)
+
+
+class Implementations(ExpertsInterface):
+    """The implementations by name: ours, then those of transformers."""
+
+    ours = {
+        "auto": automatic,
+        "grouped": on_parameters(grouped_experts, hide=True),
+        "decode": on_parameters(decode_experts, hide=True),
+        "dense": on_parameters(dense_experts),
+    }
+    # transformers 5 has its own by these names.
+    spare = {"batched_mm": on_parameters(batched_experts), "grouped_mm": on_parameters(grouped_mm_experts)}
+
+    def get_interface(self, name, default):
+        """The function of that name, "auto" for None; "eager" is `default`.
+
+        Raises:
+            ValueError: no implementation has this name.
+        """
+        name = name or "auto"
+        if name in self.ours:
+            return self.ours[name]
+        if name not in self.names():
+            raise ValueError(f"experts_implementation={name!r} is unknown; take one of {self.names()}")
+        return default if name == "eager" else self.get(name, self.spare.get(name))
+
+    def names(self):
+        """All names, ours first."""
+        return [*self.ours, "eager", *sorted({*self.spare, *self})]
+
+
+IMPLEMENTATIONS = Implementations()
+
+
+@use_experts_implementation(experts_interface=IMPLEMENTATIONS)
 class MoeVlmExperts(nn.Module):
     """E SwiGLU experts, stacked: the same tensors on disk, in memory and on both transformers lines."""
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.expert_act]
+        self.act_name, self.act_fn = config.expert_act, activation(config.expert_act)
+        IMPLEMENTATIONS.get_interface(config._experts_implementation, None)
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
-        """The weighted sum of each token's experts: sort the visits by expert once, then one product per expert.
+        """The weighted sum of each token's experts, by the implementation that `experts_implementation` names.
 
         Args:
             hidden_states: Tokens `(N, D)`.
@@ -43,25 +128,7 @@ class MoeVlmExperts(nn.Module):
         Returns:
             `(N, D)` in the dtype of `hidden_states`.
         """
-        top_k = top_k_index.shape[-1]
-        visits = top_k_index.flatten()  # (N*K,)
-        order = visits.argsort(stable=True)
-        counts = torch.bincount(visits, minlength=self.num_experts + 1)[: self.num_experts].tolist()
-        order = order[: sum(counts)]
-        rows = hidden_states[order // top_k]  # (visits, D), grouped by expert
-        # unbind, not weight[e]: each index would build a zero gradient of all E experts.
-        gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
-        outputs = []
-        for expert, tokens in enumerate(rows.split(counts)):
-            if counts[expert]:
-                gate, up = F.linear(tokens, gate_up[expert]).chunk(2, dim=-1)  # (visits of this expert, F) both
-                outputs.append(F.linear(self.act_fn(gate) * up, down[expert]))
-        if not outputs:
-            # No token at all: zero, yet connected, so that every rank of a distributed run has gradients.
-            return hidden_states * (0.0 * (self.gate_up_proj.sum() + self.down_proj.sum() + top_k_weights.sum()))
-        weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(-1)  # (visits, D)
-        summed = torch.zeros_like(hidden_states, dtype=weighted.dtype)
-        return summed.index_add(0, order // top_k, weighted).to(hidden_states.dtype)
+        return on_parameters(eager_experts)(self, hidden_states, top_k_index, top_k_weights)
 
 
 class MoeVlmMLP(nn.Module):
@@ -82,26 +149,55 @@ class MoeVlmMLP(nn.Module):
 class MoeVlmSparseBlock(nn.Module):
     """A feed-forward layer of routed experts, plus a shared one if `n_shared_experts` > 0.
 
-    The shared expert follows DeepSeekMoE (arXiv:2401.06066, eq. 9): its output is added to the routed sum.
+    The shared expert follows DeepSeekMoE (arXiv:2401.06066, eq. 9): its output is added to the routed sum, or mixed
+    with it as `shared_expert_mix` says.
     """
 
     def __init__(self, config):
         super().__init__()
         self.gate = MoeVlmRouter(config)
         self.experts = MoeVlmExperts(config)
-        self.shared_expert = None
+        # How transformers 5 tells its expert kernels that the id `num_experts` occurs.
+        self.skips_visits = config.router_top_p is not None or config.expert_capacity_factor is not None
+        self.experts._is_expert_parallel = self.skips_visits
+        self.shared_expert_mix = config.shared_expert_mix
+        self.shared_expert, self.shared_expert_gate = None, None
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_expert = MoeVlmMLP(config.hidden_size, width, config.expert_act)
+        if config.n_shared_experts and config.shared_expert_gate:
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, hidden_states):
-        """`(..., D)` -> `(..., D)`: one tensor, so that an engine can fuse the block; routing is recorded beside it."""
+    def forward(self, hidden_states, image_mask=None, num_experts_per_tok=None):
+        """One tensor, so that an engine can fuse the block; routing is recorded beside it.
+
+        Args:
+            hidden_states: `(..., D)`.
+            image_mask: `(...)` bool, true for image tokens; None: all are text. Only `expert_modalities` asks for it.
+            num_experts_per_tok: K of this call, or None for the config's.
+
+        Returns:
+            `(..., D)`.
+        """
         tokens = hidden_states.flatten(0, -2)  # (N, D)
-        routing = self.gate(tokens)
-        output = self.experts(tokens, routing.experts, routing.weights).reshape(hidden_states.shape)
-        if self.shared_expert is not None:
-            output = output + self.shared_expert(hidden_states)
+        image_mask = None if image_mask is None else image_mask.flatten()  # (N,)
+        routing = self.gate(tokens, image_mask, num_experts_per_tok)
+        experts = routing.experts
+        if self.skips_visits and self.experts.num_experts < self.gate.num_experts:
+            # Experts spread over ranks: what sends tokens to them knows existing ids only; the weight is 0.
+            experts = experts.clamp(max=self.gate.num_experts - 1)
+        output = self.experts(tokens, experts, routing.weights).reshape(hidden_states.shape)
+        if self.shared_expert is None:
+            return output
+        shared, mix = self.shared_output(hidden_states), self.shared_expert_mix
+        return output + shared if mix is None else (1.0 - mix) * output + mix * shared
+
+    def shared_output(self, hidden_states):
+        """The shared expert's output, `(..., D)`; behind a sigmoid gate as in Qwen2-MoE (arXiv:2407.10671)."""
+        output = self.shared_expert(hidden_states)
+        if self.shared_expert_gate is not None:
+            output = torch.sigmoid(self.shared_expert_gate(hidden_states)) * output
         return output
 
 
-__all__ = ["MoeVlmExperts", "MoeVlmMLP", "MoeVlmSparseBlock"]
+__all__ = ["IMPLEMENTATIONS", "MoeVlmExperts", "MoeVlmMLP", "MoeVlmSparseBlock"]

@@ -22,7 +22,11 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .base_moevlm import IS_TRANSFORMERS_5, ROUTER_RECORDERS, MoeVlmPreTrainedModel, attention_mask_for, init, recorded
 from .configuration_moevlm import MoeVlmConnectorConfig, MoeVlmTextConfig
 from .experts_moevlm import MoeVlmMLP, MoeVlmSparseBlock
-from .routing_moevlm import router_statistics
+from .graphs_moevlm import opaque_experts  # noqa: F401 (transformers 4.57 copies only the files named here)
+from .kernels_moevlm import grouped_experts  # noqa: F401
+from .router_losses_moevlm import router_losses
+from .routing_moevlm import MoeVlmRouter
+from .summary_moevlm import MoeSummary
 from .vision_moevlm import MoeVlmVisionModel, eager_attention_forward
 
 
@@ -36,9 +40,12 @@ class MoeVlmModelOutput(ModelOutput):
         hidden_states: Decoder layers + 1 tensors `(B, S, D)`, when asked for.
         attentions: Per decoder layer `(B, h, S, T)`, when asked for.
         router_logits: L tensors `(tokens, E)` in float32: tower first, then connector, then decoder.
-        router_indices: L tensors `(tokens, K)`, the experts visited, in the same order.
+        router_indices: L tensors `(tokens, K)`, the experts visited, in the same order; the id E marks a visit that
+            `router_top_p` spared or a capacity dropped.
         image_hidden_states: `(I, image tokens, D)`, what the connector gave the decoder.
-        router_layers: Sparse layers of (tower, connector, decoder), which splits the two tuples above.
+        router_layers: Sparse layers of (tower, connector, decoder), which splits the three tuples.
+        router_choices: As `router_indices`, before a capacity dropped visits.
+        image_mask: `(B, S)`, true for image tokens; None without pictures.
     """
 
     last_hidden_state: Optional[torch.FloatTensor] = None
@@ -49,6 +56,8 @@ class MoeVlmModelOutput(ModelOutput):
     router_indices: Optional[tuple[torch.LongTensor, ...]] = None
     image_hidden_states: Optional[torch.FloatTensor] = None
     router_layers: Optional[tuple[int, int, int]] = None
+    router_choices: Optional[tuple[torch.LongTensor, ...]] = None
+    image_mask: Optional[torch.BoolTensor] = None
 
 
 @dataclass
@@ -64,6 +73,12 @@ class MoeVlmOutput(ModelOutput):
         router_entropy: `(L,)`, mean entropy of the router's distribution over experts, in nats.
         past_key_values, hidden_states, attentions, router_logits, router_indices, image_hidden_states: As in
             [`MoeVlmModelOutput`].
+        expert_counts: L tensors `(E,)`, visits of unpadded tokens that took place.
+        expert_load_text, expert_load_image: As `expert_load`, of the decoder's text tokens and image tokens alone;
+            None without pictures.
+        dropped_tokens: `(L,)`, share of the chosen visits that a capacity dropped.
+        max_router_logit: `(L,)`, the largest logit of an unpadded token.
+        local_entropy_loss, global_entropy_loss: Means over all L sparse layers of LIMoE's losses.
     """
 
     loss: Optional[torch.FloatTensor] = None
@@ -78,6 +93,13 @@ class MoeVlmOutput(ModelOutput):
     router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
     router_indices: Optional[tuple[torch.LongTensor, ...]] = None
     image_hidden_states: Optional[torch.FloatTensor] = None
+    expert_counts: Optional[tuple[torch.FloatTensor, ...]] = None
+    expert_load_text: Optional[tuple[torch.FloatTensor, ...]] = None
+    expert_load_image: Optional[tuple[torch.FloatTensor, ...]] = None
+    dropped_tokens: Optional[torch.FloatTensor] = None
+    max_router_logit: Optional[torch.FloatTensor] = None
+    local_entropy_loss: Optional[torch.FloatTensor] = None
+    global_entropy_loss: Optional[torch.FloatTensor] = None
 
 
 class MoeVlmRMSNorm(nn.Module):
@@ -153,8 +175,13 @@ class MoeVlmAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = MoeVlmRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = MoeVlmRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.normed = (-1, config.head_dim) if config.qk_norm_per_head else (1, -1)
+        self.q_norm, self.k_norm = (
+            MoeVlmRMSNorm(config.head_dim if config.qk_norm_per_head else size, config.rms_norm_eps)
+            if config.use_qk_norm
+            else nn.Identity()
+            for size in (query_size, key_size)
+        )
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
         """Attend.
@@ -169,8 +196,10 @@ class MoeVlmAttention(nn.Module):
             `(B, S, D)` and the attention weights `(B, h, S, T)`, None unless eager.
         """
         heads = (-1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, h, S, d)
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, h_kv, S, d)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, self.normed))
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, self.normed))
+        query = query.flatten(-2).unflatten(-1, heads).transpose(1, 2)  # (B, h, S, d)
+        key = key.flatten(-2).unflatten(-1, heads).transpose(1, 2)  # (B, h_kv, S, d)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (B, h_kv, S, d)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
@@ -200,12 +229,22 @@ class MoeVlmDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MoeVlmRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MoeVlmAttention(config, layer_idx)
         self.post_attention_layernorm = MoeVlmRMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.mlp_layer_types[layer_idx] == "sparse":
+        self.sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        if self.sparse:
             self.mlp = MoeVlmSparseBlock(config)
         else:
             self.mlp = MoeVlmMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        image_mask=None,
+        num_experts_per_tok=None,
+        **kwargs,
+    ):
         """`(B, S, D)` -> `(B, S, D)`."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states),
@@ -215,7 +254,8 @@ class MoeVlmDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        routing = {"image_mask": image_mask, "num_experts_per_tok": num_experts_per_tok} if self.sparse else {}
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), **routing)
 
 
 class MoeVlmTextModel(MoeVlmPreTrainedModel):
@@ -261,6 +301,8 @@ class MoeVlmTextModel(MoeVlmPreTrainedModel):
             past_key_values: Cache to go on from.
             use_cache: Whether to return a cache.
             segment_ids: `(B, S)`, see [`attention_mask_for`].
+            image_mask (in `kwargs`): `(B, S)` bool, true for image tokens, for `expert_modalities`; None: all text.
+            num_experts_per_tok (in `kwargs`): K of this call instead of the config's.
 
         Returns:
             [`MoeVlmModelOutput`].
@@ -302,6 +344,7 @@ class MoeVlmConnectorOutput(ModelOutput):
     last_hidden_state: Optional[torch.FloatTensor] = None
     router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
     router_indices: Optional[tuple[torch.LongTensor, ...]] = None
+    router_choices: Optional[tuple[torch.LongTensor, ...]] = None
 
 
 class MoeVlmConnector(MoeVlmPreTrainedModel):
@@ -342,7 +385,7 @@ class MoeVlmConnector(MoeVlmPreTrainedModel):
         return grid.transpose(2, 3).flatten(3).flatten(1, 2)  # (I, side/r, side/r, r, r, D) before flattening
 
     @recorded
-    def forward(self, features, **kwargs):
+    def forward(self, features, num_experts_per_tok=None, **kwargs):
         """Turn the tower's patches `(I, P, D_vision)` into the decoder's image tokens.
 
         Returns:
@@ -350,7 +393,7 @@ class MoeVlmConnector(MoeVlmPreTrainedModel):
         """
         tokens = self.projector(self.pixel_shuffle(features))
         if self.mlp is not None:
-            tokens = tokens + self.mlp(self.norm(tokens))
+            tokens = tokens + self.mlp(self.norm(tokens), num_experts_per_tok=num_experts_per_tok)
         return MoeVlmConnectorOutput(last_hidden_state=tokens)
 
 
@@ -358,8 +401,7 @@ class EncodedImages(NamedTuple):
     """Pictures on their way into the decoder."""
 
     tokens: torch.Tensor  # (I, image tokens, D)
-    router_logits: tuple[torch.Tensor, ...]  # tower's, then connector's
-    router_indices: tuple[torch.Tensor, ...]
+    routing: dict[str, tuple[torch.Tensor, ...]]  # by name of the record: tower's, then connector's
     tower_layers: int  # how many of them are the tower's
 
 
@@ -386,30 +428,25 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
     def get_decoder(self):
         return self.language_model
 
-    def encode_images(self, pixel_values, output_router_logits=False):
+    def encode_images(self, pixel_values, output_router_logits=False, num_experts_per_tok=None):
         """Pictures `(I, C, H, W)` -> [`EncodedImages`]."""
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values has {pixel_values.ndim} dimensions, expected 4: (images of the whole batch, channels, "
                 "height, width)"
             )
-        flags = {"output_router_logits": output_router_logits, "output_router_indices": output_router_logits}
-        features = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **flags)
-        tokens = self.connector(features.last_hidden_state, **flags)
-        tower = features.router_logits or ()
-        return EncodedImages(
-            tokens.last_hidden_state,
-            (*tower, *(tokens.router_logits or ())),
-            (*(features.router_indices or ()), *(tokens.router_indices or ())),
-            len(tower),
-        )
+        options = {**self.recording(output_router_logits), "num_experts_per_tok": num_experts_per_tok}
+        features = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **options)
+        tokens = self.connector(features.last_hidden_state, **options)
+        routing = {name: (*features.get(name, ()), *tokens.get(name, ())) for name in ROUTER_RECORDERS}
+        return EncodedImages(tokens.last_hidden_state, routing, len(features.router_logits or ()))
 
     def get_image_features(self, pixel_values, **kwargs):
         """What the decoder sees of pictures `(I, C, H, W)`: image tokens `(I, image tokens, D)`.
 
         transformers 5 expects them as the `pooler_output` of an output object, 4.57 as a tensor.
         """
-        tokens = self.encode_images(pixel_values).tokens
+        tokens = self.encode_images(pixel_values, num_experts_per_tok=kwargs.get("num_experts_per_tok")).tokens
         return BaseModelOutputWithPooling(pooler_output=tokens) if IS_TRANSFORMERS_5 else tokens
 
     def merge(self, inputs_embeds, image_positions, image_tokens):
@@ -460,6 +497,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         use_cache=None,
         segment_ids=None,
         output_router_logits=None,
+        num_experts_per_tok=None,
         **kwargs,
     ):
         """Encode the pictures, merge them into the text, run the decoder.
@@ -469,7 +507,9 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             pixel_values: `(I, C, H, W)`, all pictures of the batch in order of appearance.
             segment_ids: `(B, S)`: tokens of one row that see segment 0 and their own segment only (several questions
                 about one picture in one row).
-            output_router_logits: Whether to return `router_logits` and `router_indices`.
+            output_router_logits: Whether to return `router_logits`, `router_indices` and `router_choices`.
+            num_experts_per_tok: K of this call in tower, connector and decoder, instead of each config's: a dial
+                between speed and quality on any checkpoint.
             attention_mask, position_ids, past_key_values, use_cache: As in [`MoeVlmTextModel.forward`].
 
         Returns:
@@ -479,11 +519,11 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        encoded = None
+        encoded = image_mask = None
         if pixel_values is not None:
-            encoded = self.encode_images(pixel_values, output_router_logits)
-            image_positions = self.image_positions(input_ids, inputs_embeds)
-            inputs_embeds = self.merge(inputs_embeds, image_positions, encoded.tokens)
+            encoded = self.encode_images(pixel_values, output_router_logits, num_experts_per_tok)
+            image_mask = self.image_positions(input_ids, inputs_embeds)
+            inputs_embeds = self.merge(inputs_embeds, image_mask, encoded.tokens)
         else:
             self.refuse_placeholders(input_ids)
             if self.training:
@@ -495,10 +535,12 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
-            output_router_logits=output_router_logits,
-            output_router_indices=output_router_logits,
+            image_mask=image_mask,
+            num_experts_per_tok=num_experts_per_tok,
+            **self.recording(output_router_logits),
             **kwargs,
         )
+        outputs.image_mask = image_mask
         return self.with_image_routing(outputs, encoded)
 
     def image_positions(self, input_ids, inputs_embeds):
@@ -515,26 +557,12 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             outputs.router_layers = (0, 0, decoder_layers)
             return outputs
         outputs.image_hidden_states = encoded.tokens
-        logits, indices = encoded.router_logits, encoded.router_indices
-        outputs.router_layers = (encoded.tower_layers, len(logits) - encoded.tower_layers, decoder_layers)
-        if logits:
-            outputs.router_logits = (*logits, *(outputs.router_logits or ()))
-            outputs.router_indices = (*indices, *(outputs.router_indices or ()))
+        connector_layers = len(encoded.routing["router_logits"]) - encoded.tower_layers
+        outputs.router_layers = (encoded.tower_layers, connector_layers, decoder_layers)
+        for name, values in encoded.routing.items():
+            if values:
+                outputs[name] = (*values, *outputs.get(name, ()))
         return outputs
-
-
-class RouterLosses(NamedTuple):
-    """Router losses of the whole model and what they were made of."""
-
-    weighted: torch.Tensor  # scalar, with the coefficients of each part
-    aux_loss: torch.Tensor  # scalar, mean over all layers
-    z_loss: torch.Tensor  # scalar, mean over all layers
-    expert_load: tuple[torch.Tensor, ...]  # L tensors (E,)
-    router_entropy: torch.Tensor  # (L,)
-
-    def reported(self):
-        """Those that [`MoeVlmOutput`] shows, by its names."""
-        return {name: value for name, value in self._asdict().items() if name != "weighted"}
 
 
 class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
@@ -561,37 +589,6 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values, **kwargs):
         """As [`MoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
-
-    def router_losses(self, outputs, attention_mask):
-        """Balance and z-losses of every sparse layer, padding excluded.
-
-        Args:
-            outputs: [`MoeVlmModelOutput`] with router logits.
-            attention_mask: `(B, T)`, 1 for a real token; without a 2-D mask every token counts.
-
-        Returns:
-            [`RouterLosses`], or None if no layer is sparse.
-        """
-        if not outputs.router_logits:
-            return None
-        if attention_mask is not None:
-            tokens = outputs.last_hidden_state.shape[1]  # the mask covers the cache too
-            attention_mask = attention_mask[:, -tokens:] if attention_mask.ndim == 2 else None
-        weighted, parts, entropies, start = 0.0, [], [], 0
-        configs = (self.config.vision_config, self.config.connector_config, self.config.text_config)
-        for config, layers, mask in zip(configs, outputs.router_layers, (None, None, attention_mask)):
-            if not layers:
-                continue
-            logits = outputs.router_logits[start : start + layers]
-            part = router_statistics(logits, outputs.router_indices[start : start + layers], mask)
-            weighted = weighted + config.router_aux_loss_coef * part.balance.mean()
-            weighted = weighted + config.router_z_loss_coef * part.z.mean()
-            parts.append(part)
-            entropies.append(part.entropy)
-            start += layers
-        balance, z = torch.cat([part.balance for part in parts]), torch.cat([part.z for part in parts])
-        loads = tuple(load for part in parts for load in part.load)
-        return RouterLosses(weighted, balance.mean(), z.mean(), loads, torch.cat(entropies))
 
     def total_loss(self, logits, labels, losses, num_items_in_batch=None, **kwargs):
         """Token loss plus weighted router losses (`losses`, [`RouterLosses`] or None), a scalar.
@@ -620,6 +617,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         use_cache=None,
         segment_ids=None,
         output_router_logits=None,
+        num_experts_per_tok=None,
         logits_to_keep=0,
         num_items_in_batch=None,
         **kwargs,
@@ -628,7 +626,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                segment_ids: As in [`MoeVlmModel.forward`].
+                segment_ids, num_experts_per_tok: As in [`MoeVlmModel.forward`].
             labels: `(B, S)` token ids, -100 where nothing is to be learnt; shifted inside.
             output_router_logits: Whether to return router logits and, without labels too, the router losses.
             logits_to_keep: 0 for logits of all positions, n for the last n, or a tensor of positions.
@@ -649,11 +647,12 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             segment_ids=segment_ids,
             output_router_logits=output_router_logits or labels is not None,
+            num_experts_per_tok=num_experts_per_tok,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, kept, V)
-        losses = self.router_losses(outputs, attention_mask)
+        losses = router_losses(self.config, outputs, attention_mask)
         loss = None
         if labels is not None:
             loss = self.total_loss(logits, labels, losses, num_items_in_batch, **kwargs)
@@ -699,5 +698,5 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
 
-__all__ = ["MoeVlmConnector", "MoeVlmForConditionalGeneration", "MoeVlmModel", "MoeVlmPreTrainedModel"]
-__all__ += ["MoeVlmTextModel", "MoeVlmVisionModel"]
+__all__ = ["MoeSummary", "MoeVlmConnector", "MoeVlmForConditionalGeneration", "MoeVlmModel", "MoeVlmPreTrainedModel"]
+__all__ += ["MoeVlmRouter", "MoeVlmTextModel", "MoeVlmVisionModel"]

@@ -15,6 +15,8 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
+from .summary_moevlm import PARTS
+
 History = Sequence[Mapping[str, Any]]
 # Speed is a number of the machine, not of the model.
 NO_SCORES = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -92,14 +94,18 @@ def curve(history: History, name: str) -> tuple[list[int], list[float]]:
 
 
 def draw_losses(history: History) -> Figure | None:
-    """Training and evaluation loss, and the routers' two losses below them."""
-    panels = [
-        {"loss": "training", "eval_loss": "evaluation"},
-        {"aux_loss": "balance (1 = even)", "z_loss": "router z"},
-    ]
-    panels = [{name: label for name, label in panel.items() if curve(history, name)[0]} for panel in panels]
-    drawn = [(panel, title) for panel, title in zip(panels, ["loss", "router losses"], strict=True) if panel]
-    return _draw_panels(history, [panel for panel, _ in drawn], [title for _, title in drawn])
+    """Training and evaluation loss, the routers' two losses, and the gradient norm of each part."""
+    panels = {
+        "loss": {"loss": "training", "eval_loss": "evaluation"},
+        "router losses": {"aux_loss": "balance (1 = even)", "z_loss": "router z"},
+        "gradient norms": {f"grad_norm_{part}": part for part in (*PARTS, "router")},
+    }
+    drawn = {
+        title: {name: label for name, label in panel.items() if curve(history, name)[0]}
+        for title, panel in panels.items()
+    }
+    drawn = {title: panel for title, panel in drawn.items() if panel}
+    return _draw_panels(history, list(drawn.values()), list(drawn))
 
 
 def draw_scores(history: History) -> Figure | None:

@@ -1,147 +1,149 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
-"""Score a checkpoint, ours or any image-text-to-text model of transformers, on a data mixture.
+"""Score a checkpoint, ours or any image-text-to-text model of transformers, on a data mixture; compare two runs.
 
     python run_eval.py --model_name_or_path outputs/demo --output_dir outputs/demo/eval --blind
-    torchrun --nproc_per_node 2 run_eval.py --model_name_or_path outputs/demo --num_shots 2 --max_samples 200
+    torchrun --nproc_per_node 2 run_eval.py --model_name_or_path outputs/demo --num_shots 2 --resume
+    python run_eval.py --predictions predictions_caption.json --data my.yaml --output_dir outputs/theirs
+    python run_eval.py compare outputs/theirs outputs/eval
 
-Writes metrics.json, predictions_<task>.json (COCO results, VQA server form, dialogue turns) and samples.png.
+Writes metrics.json, predictions_<task>.json (COCO results, VQA server form, dialogue turns), samples.jsonl (each sample
+with its scores), report.html with plots/, and samples.png.
 """
 
 import json
-import os
-import random
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import datasets
 import evaluate
 import transformers
 from accelerate import PartialState
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from accelerate.utils import broadcast_object_list
 
+from moevlm import answers_moevlm as answers
+from moevlm import report_moevlm as report
+from moevlm.baselines_moevlm import commonest_answers, load_model, without_pictures
+from moevlm.comparison_moevlm import as_text, compare
 from moevlm.data_moevlm import load_mixture
 from moevlm.evaluation_moevlm import (
-    TASKS,
+    Rules,
+    bootstrap_interval,
     draw_samples,
     predict,
-    question_only_floor,
     samples_from,
-    score,
-    with_examples,
+    score_each,
+    statistic_of,
 )
 from moevlm.reporting_moevlm import table
+from moevlm.tasks_moevlm import CompareArguments, EvalArguments, draw, load_tasks, with_examples
 
 ROOT = Path(__file__).resolve().parent
 METRICS = ("cider", "caption_overlap", "vqa_accuracy")
-# Keys of an answer's id and text: COCO results, VQA server form, and the like for dialogues.
-PREDICTION_FORMS = {"caption": ("image_id", "caption"), "vqa": ("question_id", "answer"), "chat": ("turn_id", "answer")}
-
-
-@dataclass
-class EvalArguments:
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the checkpoint."})
-    data: str = field(default=str(ROOT / "configs/data/default.yaml"), metadata={"help": "Mixture to score on."})
-    output_dir: str = field(default="outputs/eval", metadata={"help": "Folder for scores and predictions."})
-    part: Literal["test", "eval"] = field(default="test", metadata={"help": "Part of the mixture."})
-    batch_size: int = field(default=32, metadata={"help": "Samples at a time in each process."})
-    num_shots: int = field(default=0, metadata={"help": "Worked examples from the train part before each question."})
-    max_samples: int | None = field(default=None, metadata={"help": "At most so many of each task, drawn by the seed."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer; by task if not given."})
-    blind: bool = field(default=False, metadata={"help": "Also answer about noise, and never look (question only)."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={"help": "Of weights."})
-    device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda:0; the best there is by default."})
-    seed: int = field(default=0, metadata={"help": "Draws samples, examples, noise and the bootstrap."})
 
 
 def main():
+    if sys.argv[1:2] == ["compare"]:
+        return compare_runs()
     (args,) = transformers.HfArgumentParser(EvalArguments).parse_args_into_dataclasses()
-    state = PartialState(cpu=args.device == "cpu")
-    model, processor = load(args.model_name_or_path, args.dtype, args.device or state.device)
-    with state.main_process_first():
-        samples = read_samples(args, args.part)
-        train = read_samples(args, "train") if args.blind or args.num_shots else []
-    prompts = with_shots(samples, train, args) if args.num_shots else samples
-    settings = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    start = time.perf_counter()
-    predictions = predict(model, processor, prompts, **settings)
-    seconds = time.perf_counter() - start
-    blind = predict(model, processor, prompts, blind=True, **settings) if args.blind else []
+    state, tasks = PartialState(cpu=args.device == "cpu"), load_tasks(args.tasks, ROOT / "configs/tasks")
+    with answers.warnings_of("moevlm") as notes, state.main_process_first():
+        samples, problems = answers.checked(read_samples(args, tasks, args.part))
+        answers.settle(problems, skip=args.skip_bad_rows)
+        fitting = bool(args.idf) and not Path(args.idf).exists()
+        train = read_samples(args, tasks, "train") if args.blind or args.num_shots or fitting else []
+    samples = draw(samples, args.max_samples, args.seed)
+    if args.predictions:
+        given, wrong = answers.read_answers(Path(args.predictions), samples)
+        answers.settle(wrong, skip=args.skip_bad_rows)
+        samples = [sample for sample in samples if (sample.task, sample.id) in given]
+        columns, speed = {args.part: [given[one.task, one.id] for one in samples]}, {}
+        problems += wrong
+    else:
+        columns, speed = answer(args, tasks, samples, train, state)
     if state.is_main_process:
-        metrics = {name: evaluate.load(str(ROOT / "metrics" / name)) for name in METRICS}
-        columns = {args.part: score(samples, predictions, metrics, seed=args.seed)}
-        if args.blind:
-            columns["blind"] = score(samples, blind, metrics, seed=args.seed)
-            columns["question_only"] = question_only_floor(train, samples, metrics, seed=args.seed)
-        print(table(columns))
-        speed = {"seconds": seconds, "answers_per_second": len(samples) / seconds, "processes": state.num_processes}
-        run = asdict(args) | speed | {"transformers": transformers.__version__}
-        write(Path(args.output_dir), samples, predictions, columns.pop(args.part) | columns | {"run": run})
-        print(f"{speed['answers_per_second']:.0f} answers a second; scores and predictions are in {args.output_dir}")
+        columns |= {"question_only": commonest_answers(train, samples)} if args.blind else {}
+        problems += answers.empty_answers(samples, columns[args.part])
+        run = asdict(args) | speed | {"processes": state.num_processes, "transformers": transformers.__version__}
+        conclude(args, samples, train, columns, run, notes + [str(problem) for problem in problems])
+        answers.finish(Path(args.output_dir))
     state.destroy_process_group()
 
 
-def load(name: str, dtype: str, device):
-    """The model and its processor, on the device."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise OSError(
-            f"model_name_or_path={name}: no folder with a config.json under {Path.cwd()}, and the Hub gave none; "
-            f"check the path ({str(error).splitlines()[0]})"
-        ) from error
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(
-            f"model_name_or_path={name} holds a {config.model_type!r} model, which does not turn images and text "
-            f"into text; give a MoeVlm or another image-text-to-text checkpoint"
-        )
-    processor = transformers.AutoProcessor.from_pretrained(name)
-    if not isinstance(processor, transformers.ProcessorMixin):
-        raise ValueError(f"model_name_or_path={name} holds no processor; save the model's processor beside it")
-    return transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device), processor
+def read_samples(args, tasks, part):
+    """What the tasks ask of the part, in their words."""
+    rows = load_mixture(args.data, part, grouped=False, skip_bad_rows=args.skip_bad_rows)
+    if args.max_samples is not None and part != "train" and not isinstance(rows, datasets.Dataset):
+        rows = rows.take(args.max_samples)
+    samples = samples_from(rows)
+    asked = [sample for task in tasks for sample in task.samples(samples)]
+    if not asked and part != "train":
+        raise ValueError(f"data={args.data}: {part} has no record for the tasks {', '.join(one.name for one in tasks)}")
+    return asked
 
 
-def read_samples(args, part: str):
-    """What the part asks; of the scored part at most `max_samples` of each task, the same for every model."""
-    rows = load_mixture(args.data, part, grouped=False)
-    if part == "train" or args.max_samples is None:
-        return samples_from(rows)
-    samples = samples_from(rows if isinstance(rows, datasets.Dataset) else rows.take(args.max_samples))
-    chosen = []
-    for task in TASKS:
-        places = [place for place, sample in enumerate(samples) if sample.task == task]
-        chosen += random.Random(args.seed).sample(places, min(args.max_samples, len(places)))
-    return [samples[place] for place in sorted(chosen)]
+def answer(args, tasks, samples, train, state):
+    """The answers by column, on every rank, each batch on the disk before the next begins; and the model's speed."""
+    model, processor = load_model(args.model_name_or_path, args.dtype, args.device or state.device)
+    prompts = with_examples(samples, train, args.num_shots, seed=args.seed) if args.num_shots else samples
+    asked = {args.part: prompts}
+    if args.blind:
+        asked |= {"blind": prompts, "text_only": [without_pictures(sample) for sample in prompts]}
+    folder, now = Path(args.output_dir), answers.settings_of(args, tasks, prompts)
+    known = answers.start(folder, now, resume=args.resume) if state.is_main_process else None
+    known = broadcast_object_list([known])[0]
+    journal = answers.Journal(folder, state.process_index)
+    settings = {"batch_size": args.batch_size, "seed": args.seed}
+    settings["max_new_tokens"] = {task.name: args.max_new_tokens or task.max_new_tokens for task in tasks}
+    columns, seconds = {}, {}
+    for name, chosen in asked.items():
+        start = time.perf_counter()
+        memory = {"known": answers.places_of(known, name, chosen), "keep": partial(journal.add, name, chosen)}
+        columns[name] = predict(model, processor, chosen, blind=name == "blind", **memory, **settings)
+        seconds[name] = time.perf_counter() - start
+    journal.close()
+    rate = (len(samples) - len(answers.places_of(known, args.part, samples))) / seconds[args.part]
+    return columns, {"seconds": seconds[args.part], "answers_per_second": rate}
 
 
-def with_shots(samples, train, args):
-    """The samples, each after worked examples of its own task."""
-    pools = {task: [example for example in train if example.task == task] for task in TASKS}
-    return [with_examples(sample, pools[sample.task], args.num_shots, seed=args.seed) for sample in samples]
+def conclude(args, samples, train, columns, run, notes):
+    """Score, print, and leave every file."""
+    metrics = {name: evaluate.load(str(ROOT / "metrics" / name)) for name in METRICS}
+    idf = answers.idf_table(Path(args.idf), train, metrics["cider"].document_frequencies) if args.idf else None
+    rules, interval = Rules(idf, args.java_metrics, args.normalize), partial(bootstrap_interval, seed=args.seed)
+    scored = {name: score_each(samples, said, metrics, seed=args.seed, rules=rules) for name, said in columns.items()}
+    results, said = {name: scores for name, (scores, _) in scored.items()}, columns[args.part]
+    details = [answers.detail(*each) for each in zip(samples, said, scored[args.part][1], strict=True)]
+    notes = notes + report.without_interval(results[args.part], args.java_metrics)
+    print("\n".join([table(results), *(f"note: {note}" for note in notes)]))
+    kinds = report.by_kind(details, interval)
+    figures = report.plot_scores(results, details, kinds)
+    about = {"model": args.predictions or args.model_name_or_path, "data": args.data, "part": args.part}
+    about |= {"examples": args.num_shots, "seed": args.seed, "processes": run["processes"]}
+    page = report.page(results, details, figures, about=about, notes=notes, pictures=lambda at: samples[at].images)
+    own = {task: numbers | {"by_kind": kinds.get(task, {})} for task, numbers in results.pop(args.part).items()}
+    folder = Path(args.output_dir)
+    answers.write(folder, samples, details, own | results | {"problems": notes, "run": run})
+    report.save_figures(figures, folder / "plots")
+    answers.replace(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    answers.replace(folder / "samples.png", lambda path: draw_samples(samples, said, str(path)))
+    speed = f"{run['answers_per_second']:.0f} answers a second; " if "seconds" in run else ""
+    print(f"{speed}scores, report.html and predictions are in {folder}")
 
 
-def write(folder: Path, samples, predictions, results) -> None:
-    """Leave every file whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {"metrics.json": results}
-    for task, (key, value) in PREDICTION_FORMS.items():
-        pairs = [(sample, said) for sample, said in zip(samples, predictions, strict=True) if sample.task == task]
-        # The official files count in integers; other ids stay as they are.
-        rows = [{key: int(one.id) if one.id.isdecimal() else one.id, value: said} for one, said in pairs]
-        if rows:
-            contents[f"predictions_{task}.json"] = rows
-    for name, content in contents.items():
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        replace(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    replace(folder / "samples.png", lambda path: draw_samples(samples, predictions, str(path)))
-
-
-def replace(path: Path, save: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    save(temporary)
-    os.replace(temporary, path)
+def compare_runs():
+    """Second minus first of two scored runs."""
+    parser = transformers.HfArgumentParser(CompareArguments, prog="run_eval.py compare")
+    parser.add_argument("runs", nargs=2, help="Output folders of run_eval.py, or a predictions_<task>.json in each.")
+    args, given = parser.parse_args_into_dataclasses(sys.argv[2:])
+    first, second = (answers.read_details(Path(path)) for path in given.runs)
+    found = compare(first, second, interval=partial(bootstrap_interval, seed=args.seed), statistic_of=statistic_of)
+    print(as_text(found, given.runs, shown=args.shown))
+    if args.output:
+        text = json.dumps(found, indent=1, ensure_ascii=False)
+        answers.replace(Path(args.output), lambda path: path.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

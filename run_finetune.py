@@ -1,32 +1,28 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """Train a MoeVlm, from scratch or from a checkpoint; score it; leave a checkpoint that loads anywhere.
 
-    python run_finetune.py
+    accelerate launch run_finetune.py --recipe configs/recipes/demo.yaml
     accelerate launch run_finetune.py --model_name_or_path outputs/demo --lora --output_dir outputs/demo-lora
 
-The first line trains `configs/tiny.json` on `configs/data/default.yaml` into `outputs/demo`.
+The first line trains `configs/tiny.json` on `configs/data/default.yaml` into `outputs/demo`, as no flag at all does.
 """
 
 import json
+import sys
 from itertools import islice
 from pathlib import Path
 
 import datasets
 import evaluate
 import numpy as np
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoConfig, AutoProcessor, HfArgumentParser, logging, set_seed
+from transformers import logging, set_seed
 
-from moevlm.checkpoints_moevlm import finish, starting_point
+from moevlm.checkpoints_moevlm import finish, starting_model, starting_point
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
-from moevlm.configuration_moevlm import MoeVlmConfig
 from moevlm.data_moevlm import load_mixture
 from moevlm.evaluation_moevlm import draw_samples, predict, samples_from, score
-from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
-from moevlm.processing_moevlm import build_processor, train_tokenizer
+from moevlm.recipes_moevlm import parse
 from moevlm.reporting_moevlm import headlines, plot_run, run_numbers, table
 from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainer, MoeVlmTrainingArguments, adapt
 
@@ -42,7 +38,8 @@ def main():
     with args.main_process_first(desc="data"):
         records = read_records(data_args, args.seed)
         metrics = {name: evaluate.load(str(ROOT / "metrics" / name)) for name in METRICS}
-    model, processor = load(model_args, records["train"])
+    model, processor = starting_model(model_args, texts(records["train"]))
+    model = adapt(model, model_args)
     with args.main_process_first(desc="encoding"):
         train_set, eval_set = (encode(records[part], processor, data_args.max_length) for part in ("train", "dev"))
 
@@ -59,6 +56,8 @@ def main():
         processing_class=processor,
         score_fn=lambda model: headlines(score(dev_samples, answer(model, dev_samples), metrics)),
     )
+    if trainer.is_world_process_zero():
+        print(model.moe_summary())
     training = trainer.train(resume_from_checkpoint=checkpoint)
     model = finish(trainer)
     test_samples = samples_from(records["test"])
@@ -78,8 +77,7 @@ def main():
 
 def read_arguments():
     """The three argument groups; the library's chatter is switched off, errors and warnings stay."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, MoeVlmTrainingArguments))
-    model_args, data_args, args = parser.parse_args_into_dataclasses()
+    model_args, data_args, args = parse((ModelArguments, DataArguments, MoeVlmTrainingArguments), sys.argv[1:])
     if not (model_args.model_name_or_path or model_args.config):
         model_args.config = str(ROOT / "configs" / "tiny.json")
     data_args.data = data_args.data or str(ROOT / "configs" / "data" / "default.yaml")
@@ -100,31 +98,6 @@ def read_records(data_args, seed):
             rows = rows.shuffle(seed=seed).select(range(min(limit, len(rows))))
         records[name] = rows if limit is None or isinstance(rows, Dataset) else rows.take(limit)
     return records
-
-
-def load(model_args, records):
-    """Model and processor: from a checkpoint, or from a config and a tokenizer trained on the records' text."""
-    attention = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
-    if model_args.model_name_or_path:
-        path = model_args.model_name_or_path
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind != MoeVlmConfig.model_type:
-            raise ValueError(f"model_name_or_path={path} holds a {kind!r} model; run_upcycle.py makes a MoeVlm of it")
-        dtype = getattr(torch, model_args.dtype)
-        model = MoeVlmForConditionalGeneration.from_pretrained(path, dtype=dtype, **attention)
-        processor = AutoProcessor.from_pretrained(path)
-    else:
-        config = MoeVlmConfig.from_json_file(model_args.config)
-        vocab_size = model_args.vocab_size or config.text_config.vocab_size
-        tokenizer = train_tokenizer(texts(records), vocab_size) if PartialState().is_main_process else None
-        tokenizer = broadcast_object_list([tokenizer])[0]
-        for part in (config, config.text_config):
-            part.pad_token_id, part.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-        config.text_config.vocab_size = len(tokenizer)
-        config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-        processor = build_processor(config, tokenizer)
-        model = MoeVlmForConditionalGeneration._from_config(config, **attention)
-    return adapt(model, model_args), processor
 
 
 def texts(records):

@@ -1,8 +1,5 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
-"""Training: arguments, freezing, learning rates per part, LoRA, and a Trainer that watches answers and routers.
-
-Letters: E experts.
-"""
+"""Training: arguments, freezing, learning rates per part, LoRA, and a Trainer that watches answers and routers."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,18 +7,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from pyarrow import compute
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
+from .summary_moevlm import PARTS as TOWERS
+from .summary_moevlm import is_router, part_of, sparse_layers
+from .telemetry_moevlm import (
+    LoadBalancer,
+    RouterWindow,
+    first_non_finite,
+    gradient_norms,
+    has_bias,
+    is_finite,
+    routers_of,
+)
+
 try:
     from peft import LoraConfig, PeftModel, get_peft_model
 except ImportError:
     PeftModel = None
 
-PARTS = ("vision", "connector", "language", "router")
+PARTS = (*TOWERS, "router")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 
@@ -78,13 +88,16 @@ class MoeVlmTrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Checkpoint, metrics, plots and logs go here."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an unfinished run in output_dir."})
-    num_train_epochs: float = field(default=4.0, metadata={"help": "Passes over the data."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences (pictures) a step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch for evaluation and generation."})
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate of all parts without their own."})
     vision_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the vision tower."})
     connector_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of the connector."})
     router_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of all routers."})
+    router_bias_update_rate: float = field(
+        default=1e-3, metadata={"help": "Step of the selection bias where a config has use_router_bias; 0: it rests."}
+    )
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of warm-up steps; --warmup_steps wins."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of matrices (see `decays`)."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Second AdamW beta; 0.98 suits short runs."})
@@ -104,6 +117,10 @@ class MoeVlmTrainingArguments(TrainingArguments):
     dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that decode pictures meanwhile."})
 
     def __post_init__(self):
+        if not 0 <= self.router_bias_update_rate < 1:
+            raise ValueError(
+                f"router_bias_update_rate={self.router_bias_update_rate} must be in [0, 1); 0 leaves the biases alone"
+            )
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False
@@ -118,19 +135,6 @@ class MoeVlmTrainingArguments(TrainingArguments):
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up steps by `warmup_steps`, else by `warmup_ratio`, which transformers 5 no longer has."""
         return super().get_warmup_steps(num_training_steps) or math.ceil(num_training_steps * self.warmup_ratio)
-
-
-def part_of(name: str) -> str:
-    """The tower, "vision", "connector" or "language", that a parameter of this name belongs to."""
-    for part, marker in (("vision", "vision_tower."), ("connector", "connector.")):
-        if marker in name:
-            return part
-    return "language"
-
-
-def is_router(name: str) -> bool:
-    """Whether the parameter of this name belongs to a router."""
-    return ".gate." in name
 
 
 def freeze(model: nn.Module, parts: Iterable[str]) -> None:
@@ -184,11 +188,13 @@ def default_lora_config(arguments: ModelArguments, model: nn.Module) -> "LoraCon
     """LoRA on the decoder's attention and on the stacked experts of the whole model.
 
     `target_modules="all-linear"` would skip the experts without a word: they are 3-D parameters, not linear layers.
+    Routers that learn and have a selection bias are trained and saved whole: an adapter cannot hold a bias that moves.
     """
     if PeftModel is None:
         raise ImportError("lora needs PEFT; run: pip install peft")
     names = [name for name, _ in model.named_parameters()]
     experts = [target for target in EXPERT_PARAMETERS if any(name.endswith(target) for name in names)]
+    moving = {router for router in routers_of(model) if has_bias(router) and router.weight.requires_grad}
     return LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
@@ -196,6 +202,7 @@ def default_lora_config(arguments: ModelArguments, model: nn.Module) -> "LoraCon
         lora_dropout=0.0,
         target_modules=rf".*language_model\..*\.({'|'.join(arguments.lora_targets)})",
         target_parameters=experts if arguments.lora_experts else None,
+        modules_to_save=[name for name, module in model.named_modules() if module in moving] or None,
     )
 
 
@@ -203,63 +210,6 @@ def adapt(model: nn.Module, arguments: ModelArguments) -> nn.Module:
     """The model with parts frozen and with fresh LoRA adapters, which then learn alone, as the arguments say."""
     freeze(model, arguments.frozen_parts)
     return get_peft_model(model, default_lora_config(arguments, model)) if arguments.lora else model
-
-
-def sparse_layers(config) -> dict[str, int]:
-    """Name and number of experts of each sparse layer, in the order in which the model reports them."""
-    vision, connector, text = config.vision_config, config.connector_config, config.text_config
-    layers = {f"vision.{i}": vision.num_experts for i, kind in enumerate(vision.mlp_layer_types) if kind == "sparse"}
-    if connector.num_experts:
-        layers["connector"] = connector.num_experts
-    decoder = {f"decoder.{i}": text.num_experts for i, kind in enumerate(text.mlp_layer_types) if kind == "sparse"}
-    return layers | decoder
-
-
-class RouterWindow:
-    """Means over the steps since the last log, and over all ranks, of what the routers report.
-
-    Args:
-        layers: What `sparse_layers` gives.
-    """
-
-    def __init__(self, layers: dict[str, int]):
-        self.layers = layers
-        self.sums: Tensor | None = None
-
-    def add(self, outputs) -> None:
-        """Add one micro-batch: `aux_loss`, `z_loss`, and of each layer `expert_load` `(E,)` and `router_entropy`."""
-        loads, zero = list(outputs["expert_load"]), outputs["aux_loss"].new_zeros(1)
-        # Without pictures only the decoder reports, which comes last: its layers keep their places.
-        missing = len(self.layers) - len(loads)
-        rows = [outputs["aux_loss"].reshape(1), outputs["z_loss"].reshape(1), zero + 1]
-        for experts in list(self.layers.values())[:missing]:
-            rows.append(zero.expand(experts + 2))
-        for load, entropy in zip(loads, outputs["router_entropy"], strict=True):
-            rows += [load, entropy.reshape(1), zero + 1]
-        numbers = torch.cat(rows).detach().double()
-        self.sums = numbers if self.sums is None else self.sums + numbers
-
-    def take(self, accelerator) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Scalars for the log and the load of each layer's experts; the window is empty afterwards.
-
-        Of each layer: entropy of the router in nats, largest share of an expert, experts that nobody visited.
-        """
-        if self.sums is None:
-            return {}, {}
-        sums = accelerator.reduce(self.sums, reduction="sum").cpu()
-        self.sums = None
-        scalars = {"aux_loss": (sums[0] / sums[2]).item(), "z_loss": (sums[1] / sums[2]).item()}
-        loads = {}
-        rows = sums[3:].split([experts + 2 for experts in self.layers.values()])
-        for name, row in zip(self.layers, rows, strict=True):
-            if row[-1] == 0:
-                continue
-            load = row[:-2] / row[-1]
-            scalars[f"router_entropy_{name}"] = (row[-2] / row[-1]).item()
-            scalars[f"max_load_{name}"] = load.max().item()
-            scalars[f"dead_experts_{name}"] = float((load == 0).sum())
-            loads[name] = [round(share, 5) for share in load.tolist()]
-        return scalars, loads
 
 
 class StagedSampler(Sampler):
@@ -312,7 +262,7 @@ class QuietProgress(ProgressCallback):
 
 
 class MoeVlmTrainer(Trainer):
-    """A Trainer that scores generated answers, logs the routers, and stops before a broken step can be saved.
+    """A Trainer that scores generated answers, balances and logs the routers, and stops before it saves broken numbers.
 
     Args:
         score_fn: Gets the bare model at each evaluation and gives scores of its generated answers, such as
@@ -323,6 +273,9 @@ class MoeVlmTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.score_fn = score_fn
         self.router_window = RouterWindow(sparse_layers(self.model.config))
+        self.gradient_norms: dict[str, Tensor] = {}
+        self.balancer = LoadBalancer(self.model, self.args.router_bias_update_rate)
+        self.add_callback(self.balancer)
         # Frozen batch norms must not go on averaging: their statistics are weights too.
         self.frozen_norms = [
             module
@@ -350,11 +303,22 @@ class MoeVlmTrainer(Trainer):
         batch_size = self._train_batch_size * self.accelerator.num_processes
         return StagedSampler(lengths, stages, batch_size=batch_size, seed=self.args.seed)
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            self._stop(f"the loss is {loss.item()}")
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._anywhere(~torch.isfinite(loss)):
+            self._stop(f"the loss is {loss.item()}", self._find_break(self._prepare_inputs(inputs)))
+        if self.accelerator.sync_gradients and self._logs_this_step():
+            # fp16 gradients are scaled up until the optimizer takes them.
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+            self.gradient_norms = {part: norm / scale for part, norm in gradient_norms(self.model).items()}
         return loss
+
+    def _logs_this_step(self) -> bool:
+        """Whether the step under way may end with a line of the log."""
+        if self.args.logging_strategy == "steps":
+            step = self.state.global_step + 1
+            return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        return self.accelerator.gradient_state.end_of_dataloader
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         for norm in self.frozen_norms:
@@ -362,6 +326,7 @@ class MoeVlmTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         if model.training and outputs.get("expert_load") is not None:
             self.router_window.add(outputs)
+            self.balancer.add(outputs)
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -371,20 +336,35 @@ class MoeVlmTrainer(Trainer):
         return output
 
     def log(self, logs, *args, **kwargs):
-        scalars, loads = self.router_window.take(self.accelerator) if "loss" in logs else ({}, {})
+        scalars, loads = {}, {}
+        if "loss" in logs:
+            scalars, loads = self.router_window.take(self.accelerator)
+            scalars |= {f"grad_norm_{part}": norm.item() for part, norm in self.gradient_norms.items()}
         super().log(logs | scalars, *args, **kwargs)
         if loads:
             # In the history only: a table is nothing for a tracker.
             self.state.log_history[-1]["expert_load"] = loads
 
-    def _save_checkpoint(self, model, trial):
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters() if parameter.requires_grad):
+    def save_model(self, *args, **kwargs):
+        if not all(is_finite(parameter) for parameter in self.model.parameters() if parameter.requires_grad):
             self._stop("a weight is not finite")
-        super()._save_checkpoint(model, trial)
+        super().save_model(*args, **kwargs)
 
-    def _stop(self, what: str):
+    def _anywhere(self, flag: Tensor) -> bool:
+        """Whether the flag is set on any rank: all ranks stop together, none waits for another for ever."""
+        flag = flag.to(self.args.device).float()
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def _find_break(self, inputs) -> str:
+        """Where the forward breaks, on each rank where it does; all ranks run it, since sharded weights need them."""
+        with self.compute_loss_context_manager():
+            place = first_non_finite(self.model, inputs)
+        places = gather_object([f"{place} (rank {self.accelerator.process_index})"] if place else [])
+        return "; ".join(places) or "every layer of the same batch, run again, is finite"
+
+    def _stop(self, what: str, where: str = ""):
         raise FloatingPointError(
-            f"{what} at step {self.state.global_step + 1}; nothing was saved from this step. Lower "
-            f"learning_rate={self.args.learning_rate} or max_grad_norm={self.args.max_grad_norm} and go on from the "
-            f"last checkpoint in {self.args.output_dir} with --resume_from_checkpoint last"
+            f"{what} at step {self.state.global_step + 1}{where and f': {where}'}; nothing was saved from this step. "
+            f"Lower learning_rate={self.args.learning_rate} or max_grad_norm={self.args.max_grad_norm} and go on from "
+            f"the last checkpoint in {self.args.output_dir} with --resume_from_checkpoint last"
         )

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from .base_moevlm import ROUTER_RECORDERS, MoeVlmPreTrainedModel, init, init_copy_, recorded
+from .base_moevlm import ROUTER_RECORDERS, MoeVlmPreTrainedModel, init, recorded
 from .configuration_moevlm import MoeVlmVisionConfig
 from .experts_moevlm import MoeVlmSparseBlock
 
@@ -79,19 +79,6 @@ class MoeVlmConvStem(nn.Module):
 
 class MoeVlmPositionEmbedding(nn.Embedding):
     """Learned positions of a square grid of patches, the class token's first if there is one."""
-
-    def sines(self, side):
-        """Initial positions `(side**2, D)`: sines and cosines of column and row, with a root mean square of 0.5.
-
-        Normal values of `initializer_range` would be lost beside the patches: small models then take long to tell
-        left from right. Source: as in MAE (He et al. 2021, arXiv:2111.06377, app. A.1), for small grids.
-        """
-        quarter = self.embedding_dim // 4
-        frequencies = 100.0 ** -(torch.arange(quarter) / quarter)
-        angles = torch.arange(side).unsqueeze(-1) * frequencies  # (side, D/4)
-        axis = 0.5 * 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, D/2)
-        grid = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], dim=-1)  # (side**2, D), row by row
-        return nn.functional.pad(grid, (0, self.embedding_dim - grid.shape[-1]))
 
 
 class MoeVlmVisionEmbeddings(nn.Module):
@@ -192,29 +179,68 @@ class MoeVlmVisionMLP(nn.Module):
         return self.fc2(self.act_fn(self.fc1(hidden_states)))
 
 
+class MoeVlmVisionExperts(nn.Module):
+    """E two-layer experts with biases, stacked: each can hold a copy of a dense layer of the tower."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts, width = config.num_experts, config.moe_intermediate_size
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, config.hidden_size))
+        self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, width))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """As [`MoeVlmExperts.forward`]: tokens `(N, D)`, experts and weights `(N, K)` -> `(N, D)`."""
+        top_k, visits = top_k_index.shape[-1], top_k_index.flatten()  # (N*K,)
+        order = visits.argsort(stable=True)
+        counts = torch.bincount(visits, minlength=self.num_experts + 1)[: self.num_experts].tolist()
+        order = order[: sum(counts)]  # the id num_experts marks a visit to skip
+        rows = hidden_states[order // top_k].split(counts)
+        weights = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
+        outputs = [  # unbind, not weight[e]: each index would build a zero gradient of all E experts
+            F.linear(self.act_fn(F.linear(tokens, up, up_bias)), down, down_bias)
+            for tokens, up, up_bias, down, down_bias in zip(rows, *(weight.unbind(0) for weight in weights))
+        ]
+        weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(-1)  # (visits, D)
+        summed = torch.zeros_like(hidden_states, dtype=weighted.dtype)
+        return summed.index_add(0, order // top_k, weighted).to(hidden_states.dtype)
+
+
+class MoeVlmVisionSparseBlock(MoeVlmSparseBlock):
+    """A sparse block of the tower; `expert_form` says what its experts are made of."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.expert_form == "mlp":
+            self.experts = MoeVlmVisionExperts(config)
+
+
 class MoeVlmVisionLayer(GradientCheckpointingLayer):
     """One ViT block; its feed-forward is dense or sparse as `mlp_layer_types` says."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = MoeVlmVisionAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MoeVlmSparseBlock(config) if sparse else MoeVlmVisionMLP(config)
+        self.mlp = MoeVlmVisionSparseBlock(config) if self.sparse else MoeVlmVisionMLP(config)
 
-    def forward(self, hidden_states, **kwargs):
+    def forward(self, hidden_states, num_experts_per_tok=None, **kwargs):
         """`(I, P, D)` -> `(I, P, D)`."""
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        routing = {"num_experts_per_tok": num_experts_per_tok} if self.sparse else {}
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states), **routing)
 
 
 @dataclass
 class MoeVlmVisionOutput(ModelOutput):
     """Outputs of the tower: last hidden state `(I, P, D)`; the rest per layer, when asked for.
 
-    `router_logits` are L tensors `(I*P, E)` in float32, `router_indices` L tensors `(I*P, K)`.
+    `router_logits` are L tensors `(I*P, E)` in float32, `router_indices` and `router_choices` L tensors `(I*P, K)`.
     """
 
     last_hidden_state: Optional[torch.FloatTensor] = None
@@ -222,6 +248,7 @@ class MoeVlmVisionOutput(ModelOutput):
     attentions: Optional[tuple[torch.FloatTensor, ...]] = None
     router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
     router_indices: Optional[tuple[torch.LongTensor, ...]] = None
+    router_choices: Optional[tuple[torch.LongTensor, ...]] = None
 
 
 class MoeVlmVisionModel(MoeVlmPreTrainedModel):
@@ -255,10 +282,12 @@ class MoeVlmVisionModel(MoeVlmPreTrainedModel):
         if isinstance(module, MoeVlmVisionEmbeddings) and module.class_embedding is not None:
             init.normal_(module.class_embedding, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, MoeVlmPositionEmbedding):
-            side = self.config.patches_per_side
-            patches = module.weight.new_zeros(module.weight.shape)
-            patches[-(side**2) :] = module.sines(side)
-            init_copy_(module.weight, patches)
+            init.normal_(module.weight, mean=0.0, std=self.config.position_initializer_range)
+        elif isinstance(module, MoeVlmVisionExperts):
+            init.normal_(module.up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj_bias)
         elif isinstance(module, MoeVlmStemConv):  # a deep ReLU stack: He et al. 2015 (arXiv:1502.01852)
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
@@ -268,6 +297,7 @@ class MoeVlmVisionModel(MoeVlmPreTrainedModel):
 
         Args:
             pixel_values: `(I, C, H, W)`, normalised as the processor does.
+            num_experts_per_tok (in `kwargs`): K of this call instead of the config's.
 
         Returns:
             [`MoeVlmVisionOutput`] without the class token: `last_hidden_state` is `(I, P, D)`.

@@ -91,6 +91,71 @@ def test_a_wrong_value_is_refused_by_name(config_class, arguments, message):
         config_class(**arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"scoring_func": "tanh"}, "scoring_func='tanh' must be 'softmax' or 'sigmoid'"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor=0 must lie between"),
+        ({"n_group": 3}, "n_group=3 must divide num_experts=8"),
+        ({"n_group": 2, "topk_group": 4}, "n_group=2 must .* be at least topk_group=4"),
+        ({"n_group": 0}, "n_group=0 must be a whole number of at least 1"),
+        ({"n_group": 8, "topk_group": 1}, "num_experts_per_tok=2 exceeds the 1 experts that some token can reach"),
+        ({"router_top_p": 0.0}, "router_top_p=0.0 must lie between"),
+        ({"router_top_p": 1.5}, "router_top_p=1.5 must lie between"),
+        ({"router_jitter_noise": -0.1}, "router_jitter_noise=-0.1 must lie between 0 and 1"),
+        ({"shared_expert_mix": 0.5}, "shared_expert_mix=0.5 needs n_shared_experts"),
+        ({"shared_expert_mix": 1.5, "n_shared_experts": 1}, "shared_expert_mix=1.5 must lie between 0 and 1"),
+        ({"router_local_entropy_coef": -1}, "router_local_entropy_coef=-1 is negative"),
+        ({"router_global_entropy_coef": -1}, "router_global_entropy_coef=-1 is negative"),
+        ({"router_global_entropy_threshold": -1}, "router_global_entropy_threshold=-1 must lie between"),
+        ({"expert_modalities": ["shared"] * 7}, "expert_modalities=.* for each of the num_experts=8 experts"),
+        ({"expert_modalities": ["shared"] * 7 + ["sound"]}, "must hold 'shared', 'image' or 'text'"),
+        ({"expert_modalities": ["text"] * 7 + ["image"]}, "exceeds the 1 experts that some token can reach"),
+        ({"expert_modalities": ["text"] * 8}, "exceeds the 0 experts that some token can reach"),
+        # Two groups of four; image tokens find one expert of theirs in the first and may be sent there.
+        (
+            {"expert_modalities": ["image"] + ["text"] * 3 + ["shared"] * 4, "n_group": 2},
+            "exceeds the 1 experts that some token can reach",
+        ),
+        ({"expert_capacity_factor": 1.0}, "expert_capacity_factor=1.0 is not for moevlm_text"),
+    ],
+)
+def test_a_wrong_routing_value_is_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MoeVlmTextConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    "config_class, arguments, message",
+    [
+        (
+            MoeVlmVisionConfig,
+            {"expert_modalities": ["shared"] * 8},
+            "is not for moevlm_vision: its tokens are all image",
+        ),
+        (MoeVlmConnectorConfig, {"expert_modalities": ["shared"] * 8}, "is not for moevlm_connector"),
+        (MoeVlmConnectorConfig, {"expert_capacity_factor": 1.0}, "only the vision tower may drop tokens"),
+        (MoeVlmVisionConfig, {"moe_layers": "all", "expert_capacity_factor": -1.0}, "expert_capacity_factor=-1.0 must"),
+    ],
+)
+def test_a_routing_option_of_another_part_is_refused_by_name(config_class, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        config_class(**arguments)
+
+
+@pytest.mark.parametrize(
+    "fields, most",
+    [
+        ({}, 8),
+        ({"n_group": 4, "topk_group": 2}, 4),
+        ({"expert_modalities": ["shared"] * 3 + ["image"] * 4 + ["text"]}, 4),
+        ({"expert_modalities": ["shared", "text", "text", "image"] * 2, "n_group": 2}, 2),
+    ],
+)
+def test_the_most_experts_that_every_token_can_reach(fields, most):
+    assert MoeVlmTextConfig(**fields).max_experts_per_tok == most
+
+
 def test_a_part_of_another_class_is_refused():
     with pytest.raises(TypeError, match="vision_config must be a dict or a MoeVlmVisionConfig, got MoeVlmTextConfig"):
         MoeVlmConfig(vision_config=MoeVlmTextConfig())
@@ -127,6 +192,16 @@ def test_every_field_survives_save_and_load(config, tmp_path):
     loaded = MoeVlmConfig.from_pretrained(tmp_path)
     assert json.loads(loaded.to_json_string(use_diff=False)) == json.loads(config.to_json_string(use_diff=False))
     assert loaded.text_config.router_aux_loss_coef == 0.25
+
+
+def test_routing_options_survive_save_and_load(tmp_path):
+    text = {"scoring_func": "sigmoid", "n_group": 2, "topk_group": 2, "router_top_p": 0.9, "use_router_bias": True}
+    text |= {"expert_modalities": ["shared", "shared", "text", "image"] * 2, "router_global_entropy_threshold": 1.5}
+    vision = {"expert_capacity_factor": 1.05, "batch_priority_routing": True}
+    MoeVlmConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    loaded = MoeVlmConfig.from_pretrained(tmp_path)
+    assert {name: getattr(loaded.text_config, name) for name in text} == text
+    assert {name: getattr(loaded.vision_config, name) for name in vision} == vision
 
 
 def test_output_router_logits_survives_save_and_load(tmp_path):

@@ -13,7 +13,7 @@ from moevlm.configuration_moevlm import AUTO_MAP
 from moevlm.experts_moevlm import MoeVlmExperts
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration, MoeVlmModel
 
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # another kernel, another order of sums: float32 roundings
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # another kernel or address, another order of sums: float32 roundings
 
 
 @pytest.fixture
@@ -53,13 +53,13 @@ def test_dtype_is_obeyed_under_both_names(folder, name, dtype):
 def test_device_map_gives_the_same_logits(folder, tiny, batch):
     model = loaded(folder, device_map="cpu")
     assert model.device.type == "cpu"
-    assert torch.equal(model(**batch).logits, tiny(**batch).logits)
+    torch.testing.assert_close(model(**batch).logits, tiny(**batch).logits, **CLOSE)
 
 
 def test_shards_load_like_one_file(tiny, batch, tmp_path):
     tiny.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert torch.equal(loaded(tmp_path)(**batch).logits, tiny(**batch).logits)
+    torch.testing.assert_close(loaded(tmp_path)(**batch).logits, tiny(**batch).logits, **CLOSE)
 
 
 def test_saving_repairs_a_map_that_names_other_code(tiny, tmp_path):

@@ -14,19 +14,29 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from moevlm.base_moevlm import SHIPPED
 from moevlm.configuration_moevlm import AUTO_MAP
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
+from moevlm.routing_moevlm import MoeVlmRouter
 
 RANKS = 2
-SHIPPED = ("configuration", "base", "experts", "vision", "modeling", "processing")
+# Every router loss, a modality mask and a bias.
+OPTIONS = {
+    "expert_modalities": ["shared", "image", "text", "text"],
+    "scoring_func": "sigmoid",
+    "use_router_bias": True,
+    "router_aux_loss_per_modality": True,
+}
 
 
-def model_with_heavy_router_losses():
+def model_with_heavy_router_losses(**text):
     """The same weights in each process; the router losses make the larger part of the router's gradient."""
     torch.manual_seed(0)
-    config = tiny_config()
+    config = tiny_config(**text)
     for part in (config.vision_config, config.connector_config, config.text_config):
         part.router_aux_loss_coef, part.router_z_loss_coef = 10.0, 1.0
+        if text:
+            part.router_local_entropy_coef, part.router_global_entropy_coef = 5.0, 5.0
     return MoeVlmForConditionalGeneration(config)
 
 
@@ -52,6 +62,24 @@ def backward_as_trainer(model, batch):
     (model(**batch, num_items_in_batch=count).loss * RANKS).backward()
 
 
+def routers(model):
+    return [module for module in model.modules() if isinstance(module, MoeVlmRouter)]
+
+
+def balance_by_bias(model, rank):
+    """Three steps of loss-free balancing on different data of each rank, counts summed over both."""
+    biased = [router for router in routers(model) if router.e_score_correction_bias is not None]
+    for step in range(3):
+        batch = inputs(images=True)
+        batch["input_ids"] = batch["input_ids"].roll(rank + step, dims=0)
+        batch["pixel_values"] = batch["pixel_values"] * (1 + rank) + step
+        for router, counts in zip(biased, model(**batch).expert_counts[-len(biased) :], strict=True):
+            counts = counts.clone()
+            dist.all_reduce(counts)
+            router.update_bias(counts, 0.01)
+    return [router.e_score_correction_bias for router in biased]
+
+
 def sharded_model():
     model, mesh = model_with_heavy_router_losses(), init_device_mesh("cpu", (RANKS,))
     for module in model.modules():
@@ -70,6 +98,11 @@ def worker(rank, folder):
     backward_as_trainer(model, inputs(images=True))
     if rank == 0:
         torch.save(gradients(model), f"{folder}/ddp.pt")
+    model = DistributedDataParallel(model_with_heavy_router_losses(**OPTIONS).eval())
+    backward_as_trainer(model, inputs(images=True))
+    if rank == 0:
+        torch.save(gradients(model), f"{folder}/ddp-options.pt")
+    torch.save(balance_by_bias(model, rank), f"{folder}/bias-{rank}.pt")
     model = DistributedDataParallel(model_with_heavy_router_losses().train())
     for _ in range(2):
         backward_as_trainer(model, inputs(images=rank == 0))
@@ -96,13 +129,20 @@ def results(tmp_path_factory) -> Iterator[Path]:
     yield folder
 
 
-def test_two_ranks_with_identical_data_change_no_gradient(results):
-    model, batch = model_with_heavy_router_losses().eval(), inputs(images=True)
+@pytest.mark.parametrize("name, options", [("ddp", {}), ("ddp-options", OPTIONS)])
+def test_two_ranks_with_identical_data_change_no_gradient(results, name, options):
+    model, batch = model_with_heavy_router_losses(**options).eval(), inputs(images=True)
     model(**batch).loss.backward()
-    found = torch.load(results / "ddp.pt")
+    found = torch.load(results / f"{name}.pt")
     for name, expected in gradients(model).items():
         ratio = (found[name].norm() / expected.norm()).item() if expected.norm() else 1.0
         assert ratio == pytest.approx(1.0, abs=1e-5), name
+
+
+def test_the_bias_moves_and_agrees_bit_for_bit_across_ranks(results):
+    first, second = (torch.load(results / f"bias-{rank}.pt") for rank in range(RANKS))
+    assert len(first) == 2 and all(bias.any() for bias in first)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def test_a_text_only_rank_beside_an_image_rank_shares_its_gradients(results):

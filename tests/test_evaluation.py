@@ -8,51 +8,28 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from asked_records import COLOURS, caption, chat, message, vqa
 from conftest import tiny_config
 from datasets import Dataset
 from PIL import Image
 from transformers import GenerationConfig
 
 from moevlm.evaluation_moevlm import (
+    Rules,
     bootstrap_interval,
     draw_samples,
     predict,
-    question_only_floor,
     reference_agreement,
     samples_from,
     score,
+    score_each,
     token_f1,
-    with_examples,
 )
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.processing_moevlm import build_processor, train_tokenizer
 
 METRICS = Path(__file__).resolve().parent.parent / "metrics"
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 WORDS = ["What colour is it?", "Describe the picture.", "red green blue grey", "a long question about a small thing"]
-
-
-def message(role, text, images=0):
-    return {"role": role, "content": [{"type": "image", "text": None}] * images + [{"type": "text", "text": text}]}
-
-
-def vqa(name, question, answer, colour="red", **more):
-    turns = [message("user", question, images=1), message("assistant", answer)]
-    picture = Image.new("RGB", (20, 12), COLOURS[colour])
-    return {"id": name, "task": "vqa", "images": [picture], "messages": turns, "answers": [answer] * 10, **more}
-
-
-def chat(name, *texts, refers_back=None):
-    turns = [message("user" if at % 2 == 0 else "assistant", text, at == 0) for at, text in enumerate(texts)]
-    picture = Image.new("RGB", (8, 8))
-    return {"id": name, "task": "chat", "images": [picture], "messages": turns, "refers_back": refers_back}
-
-
-def caption(name, references):
-    turns = [message("user", "Describe the picture.", images=1), message("assistant", references[0])]
-    return {"id": name, "task": "caption", "images": [Image.new("RGB", (8, 8))], "messages": turns} | {
-        "references": references
-    }
 
 
 def make_processor(config):
@@ -143,26 +120,6 @@ def test_a_record_that_cannot_be_scored_is_named(change, complaint):
     assert "row 7" in str(error.value)
 
 
-def test_worked_examples_stand_before_the_question_and_never_show_its_picture():
-    (asked,) = samples_from([vqa("asked", "What is it?", "green", "green")])
-    pool = samples_from([vqa(f"p{at}", f"Is it {colour}?", "yes", colour) for at, colour in enumerate(COLOURS)] * 2)
-    shown = with_examples(asked, pool, 2)
-    texts = [turn["content"][-1]["text"] for turn in shown.prompt]
-    assert sorted(texts[:4]) == ["Is it blue?", "Is it red?", "yes", "yes"]
-    assert texts[1] == texts[3] == "yes" and texts[4] == "What is it?"
-    colours = [image.getpixel((0, 0)) for image in shown.images]
-    assert sorted(colours[:2]) == [COLOURS["blue"], COLOURS["red"]] and colours[2] == COLOURS["green"]
-    assert shown.num_images == 3 and shown.target == "green"
-    assert with_examples(asked, pool, 2).prompt == shown.prompt
-
-
-def test_too_few_pictures_for_the_examples_are_counted():
-    (asked,) = samples_from([vqa("asked", "What is it?", "green", "green")])
-    pool = samples_from([vqa("same", "What is it?", "green", "green"), vqa("other", "What is it?", "red", "red")])
-    with pytest.raises(ValueError, match="num_shots=2 exceeds the 1 other pictures"):
-        with_examples(asked, pool, 2)
-
-
 def test_answers_come_back_in_the_order_of_the_samples(processor):
     words = ["one", "three", "seven", "two", "nine"]
     questions = [f"{'so ' * (7 * at % 5)}{word}" for at, word in enumerate(words)]
@@ -181,6 +138,29 @@ def test_a_batch_holds_one_task_with_its_own_limit(processor):
     predict(model, processor, samples_from(records), batch_size=8, max_new_tokens={"vqa": 3, "caption": 5})
     limits = {call["max_new_tokens"]: len(call["mask"]) for call in model.calls}
     assert limits == {3: 2, 5: 1, 64: 1}
+
+
+def test_whole_batches_of_known_answers_are_not_asked_again(processor):
+    words = ["one", "three", "seven", "two", "nine"]
+    samples = samples_from([vqa(str(at), "so " * at + word, "red") for at, word in enumerate(words)])
+    kept = {}
+    predict(
+        Parrot(processor.tokenizer), processor, samples, batch_size=2, keep=lambda at, said: kept.update(zip(at, said))
+    )
+    assert kept == dict(enumerate(words))
+    # The longest first: the batches are (4, 3), (2, 1) and (0); only half of the second is known.
+    known, again = {4: "NINE", 3: "TWO", 2: "SEVEN"}, []
+    model = Parrot(processor.tokenizer)
+    said = predict(model, processor, samples, batch_size=2, known=known, keep=lambda places, _: again.append(places))
+    assert said == ["one", "three", "seven", "TWO", "NINE"]
+    assert again == [[2, 1], [0]] and len(model.calls) == 2
+
+
+def test_a_task_without_a_limit_of_its_own_takes_the_one_for_all(processor):
+    samples = [sample._replace(task="ocr") for sample in samples_from([vqa("q", "what", "red")])]
+    model = Parrot(processor.tokenizer)
+    predict(model, processor, samples, batch_size=1, max_new_tokens=7)
+    assert model.calls[0]["max_new_tokens"] == 7
 
 
 def test_questions_without_pictures_are_answered_too(processor):
@@ -313,6 +293,40 @@ def test_token_f1_by_hand(prediction, target, expected):
     assert token_f1(prediction, target) == pytest.approx(expected)
 
 
+def test_each_sample_has_its_own_scores_in_its_place(metrics):
+    records = [vqa("a", "What?", "red"), chat("d", "What?", "a dog", "Where?", "left", refers_back=[False, True])]
+    records.append(vqa("b", "What?", "blue"))
+    samples = samples_from(records)
+    assert [sample.turn for sample in samples] == [None, 1, 2, None]
+    scores, rows = score_each(samples, ["red", "a dog", "a left", "red"], metrics, seed=0, rules=Rules())
+    assert rows[0] == {"vqa_accuracy": 100.0, "exact_match": 100.0} and rows[3]["vqa_accuracy"] == 0.0
+    assert "refers_back_accuracy" not in rows[1] and rows[2]["refers_back_accuracy"] == 0.0
+    assert rows[2]["token_f1"] == pytest.approx(200 / 3)
+    assert scores == score(samples, ["red", "a dog", "a left", "red"], metrics)
+
+
+def test_a_task_of_its_own_name_is_scored_by_its_metric(metrics):
+    samples = [sample._replace(task="ocr", metric="turn_accuracy") for sample in samples_from([vqa("a", "?", "b")])]
+    assert score(samples, ["B"], metrics)["ocr"]["turn_accuracy"] == 100.0
+
+
+def test_answers_are_normalised_everywhere_only_on_request(metrics):
+    samples = samples_from([vqa("a", "What?", "red")])
+    for rule, percent in (("official", 0.0), ("always", 100.0)):
+        scores, _ = score_each(samples, ["the Red."], metrics, seed=0, rules=Rules(normalize=rule))
+        assert scores["vqa"]["vqa_accuracy"] == percent and scores["vqa"]["normalize"] == rule
+
+
+def test_a_table_of_frequencies_makes_a_subset_score_as_it_does_in_the_whole(metrics):
+    references = different_captions(60)
+    table = metrics["cider"].document_frequencies(references)
+    samples = samples_from([caption(str(at), texts) for at, texts in enumerate(references)])
+    guesses = [texts[1] for texts in references]
+    _, whole = score_each(samples, guesses, metrics, seed=0, rules=Rules())
+    _, part = score_each(samples[:30], guesses[:30], metrics, seed=0, rules=Rules(document_frequencies=table))
+    assert [row["CIDEr"] for row in part] == pytest.approx([row["CIDEr"] for row in whole[:30]])
+
+
 def different_captions(count=40):
     things = ["dog", "cat", "bird", "horse", "car", "tree", "boat"]
     return [
@@ -379,27 +393,6 @@ def test_the_interval_is_seeded_and_a_certain_score_has_none():
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
     assert bootstrap_interval(values, seed=3) != bootstrap_interval(np.arange(5.0), seed=3)
     assert bootstrap_interval([100.0] * 9) == [100.0, 100.0]
-
-
-def test_the_floor_answers_by_words_then_type_then_task(metrics):
-    train = [
-        vqa("1", "What is it?", "dog", question_type="what"),
-        vqa("2", "What is it?", "cat", question_type="what"),
-        vqa("3", "What is it?", "cat", question_type="what"),
-        vqa("4", "How many?", "2", question_type="how"),
-        vqa("5", "Is it?", "yes", question_type="is"),
-        vqa("6", "Is it?", "yes", question_type="is"),
-        vqa("7", "Is it?", "yes", question_type="is"),
-    ]
-    test = [
-        vqa("known", "What is it?", "cat", question_type="what", answer_type="known"),
-        vqa("type", "How many dogs?", "2", question_type="how", answer_type="type"),
-        vqa("task", "Why?", "yes", question_type="why", answer_type="task"),
-        vqa("wrong", "Is it?", "no", question_type="is", answer_type="wrong"),
-    ]
-    floor = question_only_floor(samples_from(train), samples_from(test), metrics)["vqa"]
-    assert floor["per_answer_type"] == {"known": 100.0, "type": 100.0, "task": 100.0, "wrong": 0.0}
-    assert floor["vqa_accuracy"] == floor["exact_match"] == 75.0
 
 
 def test_the_page_shows_samples_of_every_task(tmp_path):

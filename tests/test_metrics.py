@@ -3,6 +3,7 @@
 `fixtures/metrics/coco_caption.json` holds captions of our own and what pycocoevalcap 1.2 makes of them (tokens, and
 scores for each image), so that Java is not needed. Where pycocoevalcap and Java are found, the last test asks anew; it
 scores as the file was made: one PTBTokenizer call on all captions, then Cider(), Bleu(4) and Rouge().
+`fixtures/metrics/vqa_accuracy.json` holds answers of our own and what the official rules make of them; it says how.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import pytest
 
 METRICS = Path(__file__).resolve().parent.parent / "metrics"
 GOLDEN = json.loads((Path(__file__).parent / "fixtures/metrics/coco_caption.json").read_text(encoding="utf-8"))
+GOLDEN_VQA = json.loads((Path(__file__).parent / "fixtures/metrics/vqa_accuracy.json").read_text(encoding="utf-8"))
 PAIRS = {"predictions": GOLDEN["predictions"], "references": GOLDEN["references"]}
 BLEU = [f"BLEU-{order}" for order in range(1, 5)]
 
@@ -232,6 +234,13 @@ def test_answers_are_normalised_as_officially(vqa, prediction, reading):
     assert answer_with(vqa, prediction, [prediction] * 9 + ["elephant"]) == 100.0
 
 
+@pytest.mark.parametrize("normalize", ["official", "always"])
+def test_accuracy_equals_the_official_one_on_every_question(vqa, normalize):
+    given = {name: GOLDEN_VQA[name] for name in ("predictions", "references", "question_types", "answer_types")}
+    assert len(given["predictions"]) == 400
+    assert vqa.compute(**given, normalize=normalize) == GOLDEN_VQA[normalize]
+
+
 def test_contractions_are_the_official_count(vqa):
     # The official list has 120 entries: six of them change nothing ("let's", "she's" and four with a capital I).
     assert len(sys.modules[type(vqa).__module__].RESTORED) == 114
@@ -269,6 +278,53 @@ def test_vqa_mistakes_are_explained(vqa):
         assert answer_with(vqa, "yes", ["yes", "yes"]) == 33.33
 
 
+def test_an_unknown_java_metric_is_answered_with_the_known_ones(overlap):
+    with pytest.raises(ValueError, match='"CIDEr" is unknown; choose among METEOR, SPICE'):
+        overlap.compute(**PAIRS, java_metrics=["CIDEr"])
+
+
+def test_java_metrics_say_what_they_need_and_that_the_others_do_not(overlap, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ImportError, match="METEOR is a Java program.* needs Java on the PATH.*CIDEr, BLEU and ROUGE-L"):
+        overlap.compute(**PAIRS, java_metrics=["METEOR"])
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/java")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="it needs pip install pycocoevalcap"):
+        overlap.compute(**PAIRS, java_metrics=["METEOR"])
+
+
+def test_java_metrics_stand_beside_the_others(overlap, monkeypatch):
+    module = sys.modules[type(overlap).__module__]
+    seen = []
+
+    class Program:
+        def compute_score(self, gts, res):
+            seen.append((gts, res))
+            return 0.5, [0.25 * at for at in res]
+
+    monkeypatch.setattr(module, "check_java_metrics", lambda names: None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: type("meteor", (), {"Meteor": Program}))
+    pairs = {"predictions": ["A dog.", "two ||| cats"], "references": [["a dog"], ["Cats!", "two cats"]]}
+    result = overlap.compute(**pairs, java_metrics=["METEOR"], per_item=True)
+    # METEOR's program takes "|||" for the border between texts; no token is that.
+    assert seen == [({0: ["a dog"], 1: ["cats", "two cats"]}, {0: ["a dog"], 1: ["two | | | cats"]})]
+    assert result["METEOR"] == 0.5 and [item["METEOR"] for item in result["per_item"]] == [0.0, 0.25]
+    assert result["BLEU-1"] == overlap.compute(**pairs)["BLEU-1"]
+
+
+def test_a_java_program_that_fails_says_why(overlap, monkeypatch):
+    module = sys.modules[type(overlap).__module__]
+
+    class Program:
+        def compute_score(self, gts, res):
+            raise OSError("no network")
+
+    monkeypatch.setattr(module, "check_java_metrics", lambda names: None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: type("spice", (), {"Spice": Program}))
+    with pytest.raises(RuntimeError, match="SPICE failed .*no network.*downloads a parser"):
+        overlap.compute(**PAIRS, java_metrics=["SPICE"])
+
+
 OFFICIAL = importlib.util.find_spec("pycocoevalcap") and shutil.which("java")
 
 
@@ -293,3 +349,18 @@ def test_the_official_scorer_still_agrees(cider, overlap, tokenize):
     ours = overlap.compute(predictions=predictions, references=references)
     assert [ours[name] for name in BLEU] == pytest.approx(scores[1])
     assert ours["ROUGE-L"] == pytest.approx(scores[2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OFFICIAL, reason="needs pycocoevalcap and Java")
+def test_meteor_is_the_official_programs(overlap, tokenize):
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    ours = overlap.compute(**PAIRS, java_metrics=["METEOR"])["METEOR"]
+    copies = overlap.compute(
+        predictions=[own[0] for own in PAIRS["references"]], references=PAIRS["references"], java_metrics=["METEOR"]
+    )
+    gts = {at: [tokenize(text) for text in own] for at, own in enumerate(PAIRS["references"])}
+    res = {at: [tokenize(text)] for at, text in enumerate(PAIRS["predictions"])}
+    assert ours == pytest.approx(Meteor().compute_score(gts, res)[0], abs=1e-12)
+    assert copies["METEOR"] > ours

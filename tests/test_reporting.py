@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from moevlm.reporting_moevlm import evenness, headlines, plot_run, table
+from moevlm.reporting_moevlm import draw_losses, evenness, headlines, plot_run, table
 
 SCORES = {
     "caption": {"CIDEr": 5.0, "n": 20, "interval_95": {"CIDEr": [4.0, 6.0]}},
@@ -34,6 +34,13 @@ def test_every_picture_is_drawn_from_the_log_history(tmp_path):
     assert sorted(path.name for path in written) == ["expert_load.png", "loss.png", "scores.png"]
     for path in written:
         assert min(Image.open(path).size) > 200
+
+
+def test_gradient_norms_have_a_panel_with_a_line_for_each_part_that_learnt():
+    norms = {"grad_norm_language": 1.0, "grad_norm_router": 0.1}
+    figure = draw_losses([{"step": step, "loss": 1.0, **norms} for step in (1, 2)])
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "gradient norms"]
+    assert [line.get_label() for line in figure.axes[1].lines] == ["language", "router"]
 
 
 def test_a_history_without_numbers_gives_no_picture(tmp_path):

@@ -3,8 +3,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,10 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -70,10 +76,13 @@ def mixture(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(checkpoint, mixture, tmp_path, monkeypatch):
-    """Runs the command with these flags; gives the folder it wrote."""
+    """Runs the command with these flags; gives the folder it wrote. Drawing is left out unless a test looks at it."""
 
-    def run(*flags, model=checkpoint, data=mixture, folder="out"):
+    def run(*flags, model=checkpoint, data=mixture, folder="out", drawn=False):
         out = tmp_path / folder
+        if not drawn:
+            monkeypatch.setattr(run_eval.report, "plot_scores", lambda *given: {})
+            monkeypatch.setattr(run_eval, "draw_samples", lambda samples, said, path: Path(path).touch())
         arguments = ["--model_name_or_path", model, "--data", data, "--output_dir", str(out), "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["run_eval.py", *arguments, "--max_new_tokens", "3", *flags])
         run_eval.main()
@@ -87,7 +96,7 @@ def read(folder, name):
 
 
 def test_it_writes_the_promised_files(evaluate, capsys):
-    out = evaluate()
+    out = evaluate(drawn=True)
     scores = read(out, "metrics.json")
     assert {"CIDEr", "BLEU-4", "ROUGE-L", "n", "interval_95"} <= set(scores["caption"])
     assert {"vqa_accuracy", "per_answer_type", "per_question_type", "n", "interval_95"} <= set(scores["vqa"])
@@ -102,6 +111,7 @@ def test_it_writes_the_promised_files(evaluate, capsys):
         assert page.format == "PNG"
     assert not list(out.glob(".*")), "no temporary file is left"
     printed = capsys.readouterr().out
+    assert not (out / "partial").exists(), "no partial answers are left"
     assert "vqa_accuracy" in printed and "CIDEr" in printed and "answers a second" in printed
 
 
@@ -121,7 +131,7 @@ def test_max_samples_are_the_same_for_every_run(evaluate):
 
 def test_blind_answers_and_the_floor_stand_beside(evaluate, capsys):
     scores = read(evaluate("--blind", "--max_samples", "4"), "metrics.json")
-    for column in ("blind", "question_only"):
+    for column in ("blind", "text_only", "question_only"):
         assert scores[column]["vqa"]["n"] == 4
         assert scores[column]["caption"]["CIDEr_references"] == scores["caption"]["CIDEr_references"]
     assert "question_only" in capsys.readouterr().out
@@ -188,17 +198,203 @@ def test_a_foreign_model_is_scored_by_the_same_call(evaluate, tmp_path):
     assert read(out, "metrics.json")["vqa"]["n"] == 3
 
 
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
-    path = tmp_path / "metrics.json"
-    path.write_text("old")
+@pytest.fixture(scope="module")
+def smolvlm(tmp_path_factory):
+    """A random SmolVLM: an Idefics3 with its own image tokens, nested pictures and a chat template of its own."""
+    folder = str(tmp_path_factory.mktemp("smolvlm"))
+    tokenizer = train_tokenizer(WORDS, 300)
+    tokens = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    text = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes, **ids).to_dict()
+    vision = {"image_size": 32, "patch_size": 8, **sizes}
+    config = Idefics3Config(
+        vision_config=vision, text_config=text, image_token_id=image, scale_factor=2, pad_token_id=0
+    )
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    pictures = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}, "do_image_splitting": False}
+    template = (
+        "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}<end_of_utterance>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    processor = Idefics3Processor(
+        Idefics3ImageProcessor(**pictures), tokenizer, image_seq_len=4, chat_template=template
+    )
+    processor.save_pretrained(folder)
+    return folder
 
-    def fail(temporary):
-        temporary.write_text("ha")
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run_eval.replace(path, fail)
-    assert path.read_text() == "old"
+def test_a_model_with_nested_pictures_is_scored_by_the_same_flags(evaluate, smolvlm):
+    out = evaluate("--max_samples", "3", "--num_shots", "1", "--blind", model=smolvlm)
+    scores = read(out, "metrics.json")
+    assert scores["vqa"]["n"] == scores["blind"]["vqa"]["n"] == scores["text_only"]["vqa"]["n"] == 3
+
+
+def test_only_the_asked_tasks_are_scored_and_a_new_one_is_a_file(evaluate, tmp_path):
+    (tmp_path / "short.yaml").write_text(
+        "reads: vqa\nmetric: turn_accuracy\nmax_new_tokens: 2\nprompt: 'In a word: {question}'\n"
+    )
+    out = evaluate("--tasks", "caption", str(tmp_path / "short.yaml"), "--max_samples", "4")
+    scores = read(out, "metrics.json")
+    assert {"caption", "short"} <= set(scores) and not {"vqa", "chat"} & set(scores)
+    assert {"turn_accuracy", "token_f1", "n"} <= set(scores["short"]) and scores["short"]["n"] == 4
+    assert set(read(out, "predictions_short.json")[0]) == {"question_id", "answer"}
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert sum(row["question"].startswith("In a word: ") for row in rows) == 4
+
+
+def test_an_unknown_task_is_refused_before_the_model_is_loaded(evaluate):
+    with pytest.raises(ValueError, match="'ocr' is unknown; use caption, chat, vqa"):
+        evaluate("--tasks", "ocr", model="outputs/nowhere")
+
+
+def test_a_task_that_nothing_in_the_data_answers_is_refused(evaluate, tmp_path, mixture):
+    parts = {"test": [{"source": "scenes", "split": "test", "size": 3, "tasks": ["vqa"]}]}
+    (tmp_path / "vqa.yaml").write_text(yaml.safe_dump(parts))
+    with pytest.raises(ValueError, match="test has no record for the tasks caption"):
+        evaluate("--tasks", "caption", data=str(tmp_path / "vqa.yaml"))
+
+
+def killed_after(monkeypatch, batches):
+    """Lets so many batches be answered, then dies; gives the list of batches that were asked."""
+    asked, generate = [], MoeVlmForConditionalGeneration.generate
+
+    def dying(self, **inputs):
+        if len(asked) == batches:
+            raise KeyboardInterrupt
+        asked.append(len(inputs["input_ids"]))
+        return generate(self, **inputs)
+
+    monkeypatch.setattr(MoeVlmForConditionalGeneration, "generate", dying)
+    return asked
+
+
+@pytest.mark.parametrize("batches", [1, 7])
+def test_a_killed_run_goes_on_and_asks_nothing_twice(evaluate, monkeypatch, batches):
+    flags = ["--batch_size", "4", "--max_samples", "6", "--blind"]
+    whole = evaluate(*flags, folder="whole")
+    with monkeypatch.context() as patch:
+        killed_after(patch, batches)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(*flags)
+    with monkeypatch.context() as patch:
+        rest = killed_after(patch, 10_000)
+        out = evaluate(*flags, "--resume")
+    # 6 captions, questions and turns in batches of 4 and 2, once each with pictures, with noise and without any.
+    assert len(rest) == 18 - batches
+    for name in ("predictions_caption.json", "predictions_vqa.json", "predictions_chat.json", "samples.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    resumed, single = (read(folder, "metrics.json") for folder in (out, whole))
+    assert resumed.pop("run")["resume"] and single.pop("run") and resumed == single
+    assert not (out / "partial").exists()
+
+
+def test_going_on_with_other_settings_is_refused(evaluate, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("--batch_size", "4")
+    with pytest.raises(ValueError, match=r"batch_size=2 \(was 4\)"):
+        evaluate("--batch_size", "2", "--resume")
+
+
+def test_answers_of_any_program_are_scored_like_the_models_own(evaluate, tmp_path):
+    own = evaluate()
+    again = evaluate("--predictions", str(own), model="outputs/nowhere", folder="again")
+    first, second = (read(folder, "metrics.json") for folder in (own, again))
+    assert first.pop("run")["processes"] == 1 and "answers_per_second" not in second.pop("run")
+    assert first == second
+    assert (own / "samples.jsonl").read_bytes() == (again / "samples.jsonl").read_bytes()
+
+
+def test_predictions_that_do_not_fit_stop_the_run_or_are_counted(evaluate, tmp_path):
+    rows = [{"image_id": 101, "caption": "a red wall"}, {"image_id": 99, "caption": "what?"}]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    flags = ["--tasks", "caption", "--predictions", str(tmp_path / "results.json")]
+    with pytest.raises(
+        ValueError, match="1 predictions without references: caption 99; 7 samples without a prediction"
+    ):
+        evaluate(*flags)
+    scores = read(evaluate(*flags, "--skip_bad_rows"), "metrics.json")
+    assert scores["caption"]["n"] == 1
+    assert scores["problems"][0] == "1 predictions without references: caption 99"
+    assert scores["problems"][1].startswith("7 samples without a prediction: caption ")
+
+
+def test_bad_rows_of_the_data_stop_the_run_or_are_counted(evaluate, mixture, tmp_path):
+    folder = Path(mixture).parent
+    content = json.loads((folder / "captions.json").read_text())
+    content["images"].append({"id": 303, "file_name": "gone.png"})
+    content["annotations"].append({"id": 3030, "image_id": 303, "caption": "a hole"})
+    (folder / "bad.json").write_text(json.dumps(content))
+    entry = {"source": "coco_captions", "annotations": "bad.json", "images": "."}
+    (folder / "bad.yaml").write_text(yaml.safe_dump({"test": [entry, {**entry, "annotations": "captions.json"}]}))
+    with pytest.raises(FileNotFoundError, match="gone.png does not exist"):
+        evaluate(data=str(folder / "bad.yaml"))
+    scores = read(evaluate("--skip_bad_rows", data=str(folder / "bad.yaml")), "metrics.json")
+    problems = "; ".join(scores["problems"])
+    assert scores["caption"]["n"] == 2
+    assert "left out 1 bad rows" in problems and "gone.png does not exist" in problems
+    assert "2 duplicate ids: caption 101, caption 202" in problems
+
+
+def test_silent_models_are_counted(evaluate, monkeypatch):
+    monkeypatch.setattr(run_eval, "predict", lambda model, processor, samples, **settings: [""] * len(samples))
+    out = evaluate("--max_samples", "2")
+    assert read(out, "metrics.json")["problems"][0].startswith("6 empty answers: ")
+    assert "6 empty answers" in (out / "report.html").read_text()
+
+
+def test_the_report_and_its_plots_show_every_task(evaluate):
+    out = evaluate("--max_samples", "6", drawn=True)
+    html = (out / "report.html").read_text()
+    assert all(f"<h2>{task}</h2>" in html for task in ("caption", "vqa", "chat"))
+    assert html.count("data:image/png") > 20
+    names = {path.name for path in (out / "plots").iterdir()}
+    assert {"caption_spread.png", "vqa_answer_type.png", "vqa_question_type.png", "chat_turn.png"} <= names
+    kinds = read(out, "metrics.json")["vqa"]["by_kind"]["answer_type"]
+    assert sum(kind["n"] for kind in kinds.values()) == 6
+
+
+def test_an_idf_table_is_made_of_the_train_part_and_used_again(evaluate, tmp_path):
+    path = tmp_path / "idf.json"
+    first = read(evaluate("--tasks", "caption", "--idf", str(path)), "metrics.json")
+    table = json.loads(path.read_text())
+    assert table["images"] == 8 and table["counts"]
+    again = read(evaluate("--tasks", "caption", "--idf", str(path)), "metrics.json")
+    assert first["caption"] == again["caption"]
+    path.write_text(json.dumps(table | {"images": 800}))
+    assert read(evaluate("--tasks", "caption", "--idf", str(path)), "metrics.json")["caption"] != first["caption"]
+
+
+def test_two_runs_are_compared(evaluate, capsys, monkeypatch, tmp_path):
+    first = evaluate("--max_samples", "6", folder="first")
+    said = iter(["yes"] * 100)
+    monkeypatch.setattr(
+        run_eval, "predict", lambda model, processor, samples, **settings: [next(said) for _ in samples]
+    )
+    second = evaluate("--max_samples", "6", folder="second")
+    capsys.readouterr()
+    out = str(tmp_path / "comparison.json")
+    monkeypatch.setattr(sys, "argv", ["run_eval.py", "compare", str(first), str(second), "--output", out])
+    run_eval.main()
+    printed = capsys.readouterr().out
+    assert "win/tie/loss" in printed and "vqa_accuracy" in printed and "answers changed" in printed
+    found = json.loads(Path(out).read_text())
+    means = [read(folder, "metrics.json")["vqa"]["vqa_accuracy"] for folder in (first, second)]
+    score = found["vqa"]["scores"]["vqa_accuracy"]
+    assert [score["first"], score["second"]] == pytest.approx(means, abs=0.01)
+    assert score["wins"] + score["ties"] + score["losses"] == 6 and len(found["vqa"]["changed"]) == 6
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["run_eval.py", "compare", str(first / "predictions_vqa.json"), str(second / "predictions_vqa.json")],
+    )
+    run_eval.main()
+    assert "CIDEr" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -215,3 +411,24 @@ def test_two_processes_give_the_scores_of_one(evaluate, checkpoint, mixture, tmp
     together, single = (read(folder, "metrics.json") for folder in (tmp_path / "both", alone))
     assert together.pop("run")["processes"] == 2 and single.pop("run")["processes"] == 1
     assert together == single
+
+
+@pytest.mark.slow
+def test_two_killed_processes_are_gone_on_with_by_one(evaluate, checkpoint, mixture, tmp_path):
+    flags = ["--batch_size", "1", "--max_new_tokens", "40"]
+    alone = evaluate(*flags, folder="alone")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, str(ROOT / "run_eval.py"), "--model_name_or_path", checkpoint, "--data", mixture]
+    command += ["--output_dir", str(tmp_path / "both"), "--device", "cpu", *flags]
+    killed = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while sum(path.stat().st_size > 0 for path in (tmp_path / "both").glob("partial/answers-*.jsonl")) < 2:
+            assert killed.poll() is None, "it ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    lines = [path.read_text().count("\n") for path in (tmp_path / "both").glob("partial/*.jsonl")]
+    out = evaluate(*flags, "--resume", folder="both")
+    assert 2 <= sum(lines) < len((alone / "samples.jsonl").read_text().splitlines())
+    assert (out / "samples.jsonl").read_bytes() == (alone / "samples.jsonl").read_bytes()

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoProcessor, GPT2Config
 
 import run_finetune
+from moevlm.checkpoints_moevlm import starting_model
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.training_moevlm import ModelArguments
 
@@ -24,6 +25,14 @@ train: [{source: scenes, size: 6}]
 eval: [{source: scenes, size: 2}]
 test: [{source: scenes, size: 2}]
 """
+RECIPE = """
+data: mixture.yaml
+num_train_epochs: 1
+dataloader_num_workers: 0
+disable_tqdm: true
+report_to: none
+logging_steps: 1
+"""
 
 
 @pytest.fixture
@@ -31,10 +40,10 @@ def command(tmp_path, monkeypatch):
     """Runs the command on the small mixture with more flags; gives its output folder."""
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     (tmp_path / "mixture.yaml").write_text(MIXTURE)
-    quiet = "--num_train_epochs 1 --dataloader_num_workers 0 --disable_tqdm True --report_to none --logging_steps 1"
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
 
     def run(folder, flags):
-        flags = f"{flags} --data {tmp_path}/mixture.yaml --output_dir {tmp_path}/{folder} {quiet}"
+        flags = f"{flags} --recipe {tmp_path}/recipe.yaml --output_dir {tmp_path}/{folder}"
         monkeypatch.setattr(sys, "argv", ["run_finetune.py", *flags.split()])
         run_finetune.main()
         return tmp_path / folder
@@ -47,7 +56,7 @@ def test_a_run_from_scratch_and_one_with_lora_on_top_leave_all_they_promise(comm
     for folder, flags in runs.items():
         output = command(folder, flags)
         printed = capsys.readouterr().out
-        assert "vqa_accuracy" in printed and "blind" in printed
+        assert "vqa_accuracy" in printed and "blind" in printed and "forward FLOPs" in printed
         metrics = json.loads((output / "metrics.json").read_text())
         assert metrics["vqa"]["n"] == metrics["blind"]["vqa"]["n"] > 0
         assert {"caption", "vqa", "chat"} <= set(metrics) and metrics["training"]["steps"] == 2
@@ -64,4 +73,4 @@ def test_a_run_from_scratch_and_one_with_lora_on_top_leave_all_they_promise(comm
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds a 'gpt2' model; run_upcycle.py"):
-        run_finetune.load(ModelArguments(model_name_or_path=str(tmp_path)), records=None)
+        starting_model(ModelArguments(model_name_or_path=str(tmp_path)), words=[])

@@ -14,21 +14,22 @@ from peft import PeftModel
 from PIL import Image
 from transformers import HfArgumentParser, TrainerCallback, set_seed
 
+from moevlm.checkpoints_moevlm import finish
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
 from moevlm.configuration_moevlm import MoeVlmConfig
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.processing_moevlm import build_processor, train_tokenizer
+from moevlm.routing_moevlm import MoeVlmRouter
+from moevlm.summary_moevlm import part_of, sparse_layers
+from moevlm.telemetry_moevlm import routers_of
 from moevlm.training_moevlm import (
     ModelArguments,
     MoeVlmTrainer,
     MoeVlmTrainingArguments,
-    RouterWindow,
     StagedSampler,
     adapt,
     freeze,
     parameter_groups,
-    part_of,
-    sparse_layers,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,28 +212,6 @@ def test_freezing_everything_or_an_unknown_part_is_refused():
 # Router numbers
 
 
-class Ranks:
-    """Stands for an accelerator of two ranks that saw the same."""
-
-    def reduce(self, sums, reduction):
-        return 2 * sums
-
-
-def test_the_window_averages_each_layer_over_the_batches_that_visited_it():
-    window = RouterWindow({"vision.0": 2, "decoder.1": 3})
-    both = (torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.25, 0.25]))
-    numbers = {"aux_loss": torch.tensor(1.0), "z_loss": torch.tensor(2.0), "router_entropy": torch.tensor([0.1, 0.3])}
-    window.add({**numbers, "expert_load": both})
-    text_only = {"expert_load": (torch.tensor([0.1, 0.9, 0.0]),), "router_entropy": torch.tensor([0.5])}
-    window.add({**numbers, "aux_loss": torch.tensor(3.0), **text_only})
-    scalars, loads = window.take(Ranks())
-    assert scalars["aux_loss"] == 2.0 and scalars["z_loss"] == 2.0
-    assert loads == {"vision.0": [1.0, 0.0], "decoder.1": [0.3, 0.575, 0.125]}
-    assert scalars["dead_experts_vision.0"] == 1 and scalars["dead_experts_decoder.1"] == 0
-    assert scalars["router_entropy_decoder.1"] == pytest.approx(0.4) and scalars["max_load_decoder.1"] > 0.57
-    assert window.take(Ranks()) == ({}, {})
-
-
 def test_the_log_names_every_sparse_layer(tmp_path, processor, rows):
     model = small_model(moe_layers="all")
     trainer = trainer_of(model, rows, processor, arguments(tmp_path, max_steps=2, logging_steps=2))
@@ -241,6 +220,132 @@ def test_the_log_names_every_sparse_layer(tmp_path, processor, rows):
     assert list(entry["expert_load"]) == ["decoder.0", "decoder.1"] == list(sparse_layers(model.config))
     assert all(sum(shares) == pytest.approx(1, abs=1e-4) for shares in entry["expert_load"].values())
     assert entry["aux_loss"] >= 0.9 and entry["z_loss"] > 0
+
+
+@pytest.mark.parametrize("settings", [{"logging_steps": 2}, {"logging_strategy": "epoch", "max_steps": -1}])
+def test_the_logged_gradient_norms_of_the_parts_add_up_to_that_of_all(tmp_path, processor, rows, settings):
+    settings = {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "per_device_train_batch_size": 2, **settings}
+    trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path, **settings))
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        parts = [entry[f"grad_norm_{part}"] for part in ("vision", "connector", "language", "router")]
+        assert all(norm > 0 for norm in parts)
+        assert sum(norm**2 for norm in parts) ** 0.5 == pytest.approx(entry["grad_norm"], rel=1e-4)
+
+
+def test_a_dense_model_logs_gradient_norms_and_nothing_of_routers(tmp_path, processor, rows):
+    trainer = trainer_of(small_model(moe_layers="none"), rows, processor, arguments(tmp_path, max_steps=1))
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["grad_norm_language"] > 0 and not any("router" in name or "aux" in name for name in entry)
+
+
+# Loss-free balancing
+
+
+def biases(model):
+    return [router.e_score_correction_bias.clone() for router in routers_of(model)]
+
+
+def still(folder, **settings):
+    """Arguments under which nothing but the biases moves."""
+    return arguments(folder, learning_rate=0.0, router_bias_update_rate=0.01, **settings)
+
+
+def balanced_model(**text_config):
+    model = small_model(use_router_bias=True, moe_layers="all", **text_config)
+    freeze(model, ["vision"])  # batch norms rest: a row is the same in any micro-batch
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"gradient_checkpointing": True},
+        {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"},
+    ],
+    ids=["accumulation", "recomputation", "evaluation"],
+)
+def test_a_bias_moves_once_a_step_by_the_visits_of_the_whole_batch(tmp_path, processor, rows, monkeypatch, settings):
+    seen, move = [], MoeVlmRouter.update_bias
+
+    def spy(router, counts, rate):
+        seen.append((counts.tolist(), rate))
+        move(router, counts, rate)
+
+    monkeypatch.setattr(MoeVlmRouter, "update_bias", spy)
+    model = balanced_model()
+    trainer_of(model, rows, processor, still(tmp_path, **settings)).train()
+    split, seen[:] = list(seen), []
+    whole = balanced_model()
+    trainer_of(whole, rows, processor, still(tmp_path)).train()
+    assert split == seen and len(seen) == 2 * 4  # layers, steps
+    tokens = 4 * len(rows[0]["input_ids"])  # rows of one length: no padding
+    assert all(sum(counts) == 2 * tokens and rate == 0.01 for counts, rate in seen)
+    assert all(map(torch.equal, biases(model), biases(whole)))
+    assert all(bias.abs().max() > 0.005 for bias in biases(model))
+
+
+def test_the_biases_bring_the_load_toward_balance(tmp_path, processor, rows):
+    model = balanced_model()
+    for router in routers_of(model):
+        # Scores are near 1/4 each: every token visits the first expert, none the last.
+        router.e_score_correction_bias.copy_(torch.tensor([0.3, 0.0, 0.0, -0.3]))
+    settings = {"max_steps": 60, "per_device_train_batch_size": 16}
+    trainer = trainer_of(model, rows, processor, still(tmp_path, **settings))
+    trainer.train()
+    loads = [entry["expert_load"] for entry in trainer.state.log_history if "expert_load" in entry]
+    for layer in ("decoder.0", "decoder.1"):
+        assert loads[0][layer][0] == 0.5 and loads[0][layer][3] == 0.0
+        late = torch.tensor([load[layer] for load in loads[-20:]]).mean(0)
+        assert (late - 0.25).abs().max() < 0.125, layer  # half of where it began
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA"])
+def test_a_resumed_run_goes_on_with_the_biases_of_the_checkpoint(tmp_path, processor, rows, lora):
+    def run(folder, checkpoint=None):
+        model = adapt(balanced_model(), ModelArguments(lora=lora, lora_rank=2))
+        args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=3, router_bias_update_rate=0.01)
+        trainer = trainer_of(model, rows, processor, args)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    straight = run(tmp_path / "straight")
+    resumed = run(tmp_path / "resumed", str(tmp_path / "straight/checkpoint-3"))
+    assert losses(resumed) == losses(straight)
+    assert all(map(torch.equal, biases(resumed.model), biases(straight.model)))
+    assert all(bias.any() for bias in biases(straight.model))
+
+
+def test_the_finished_checkpoint_holds_the_biases_in_float32(tmp_path, processor, rows):
+    model = adapt(balanced_model(), ModelArguments(lora=True, lora_rank=2))
+    trainer = trainer_of(model, rows, processor, still(tmp_path))
+    trainer.train()
+    moved = biases(model)
+    finish(trainer)
+    loaded = MoeVlmForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(bias.any() for bias in moved)
+    assert all(map(torch.equal, biases(loaded), moved))
+
+
+@pytest.mark.parametrize("off", [{"parts": ["router"]}, {"parts": ["language"]}, {"rate": 0.0}])
+def test_frozen_routers_and_rate_zero_leave_the_biases_alone(tmp_path, processor, rows, off):
+    model = balanced_model()
+    freeze(model, off.get("parts", []))
+    args = arguments(tmp_path, max_steps=2, router_bias_update_rate=off.get("rate", 0.01))
+    trainer_of(model, rows, processor, args).train()
+    assert not any(bias.any() for bias in biases(model))
+
+
+def test_a_rate_below_zero_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="router_bias_update_rate=-0.1 must be"):
+        arguments(tmp_path, router_bias_update_rate=-0.1)
+
+
+# Accumulation
 
 
 def gate_after_one_step(folder, rows, processor, **settings):
@@ -300,8 +405,11 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path
 
     args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
     trainer = trainer_of(small_model(), rows, processor, args, callbacks=[Poison()])
-    with pytest.raises(FloatingPointError, match=r"nan at step 4.*learning_rate=0.003.*--resume_from_checkpoint last"):
+    with pytest.raises(
+        FloatingPointError, match=r"nan at step 4.*learning_rate=0.003.*--resume_from_checkpoint last"
+    ) as error:
         trainer.train()
+    assert "that of lm_head (Linear), whose own weight is not finite (rank 0)" in str(error.value)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -315,6 +423,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, processor, rows):
     with pytest.raises(FloatingPointError, match="a weight is not finite"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(FloatingPointError, match="a weight is not finite"):
+        finish(trainer)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 KILLED_RUN = """
@@ -400,38 +511,94 @@ def test_a_trained_adapter_reloads_and_merges_to_the_same_logits(tmp_path, proce
 TWO_RANKS = """
 import sys
 import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainerCallback
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_training as t
+from moevlm.collating_moevlm import MoeVlmCollator
+from moevlm.telemetry_moevlm import first_non_finite, gradient_norms
+
+class PoisonOneRank(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if args.process_index == 1:
+            model.lm_head.weight.data.fill_(float("nan"))
 
 processor, rows = t.run_parts()
 gate = t.gate_after_one_step({folder!r}, [rows[0]] * 4, processor, per_device_train_batch_size=2)
 args = t.arguments({folder!r}, max_steps=2, per_device_train_batch_size=2)
 trainer = t.trainer_of(t.small_model(), rows, processor, args)
 trainer.train()
-if trainer.is_world_process_zero():
-    torch.save({{"gate": gate, "history": trainer.state.log_history}}, {folder!r} + "/two.pt")
+balanced = t.balanced_model()
+t.trainer_of(balanced, rows, processor, t.still({folder!r}, per_device_train_batch_size=2)).train()
+try:
+    t.trainer_of(t.small_model(), rows, processor, args, callbacks=[PoisonOneRank()]).train()
+except FloatingPointError as error:
+    message = str(error)
+result = {{"gate": gate, "history": trainer.state.log_history, "biases": t.biases(balanced), "message": message}}
+batch = MoeVlmCollator(processor)(rows[:4])
+for name, model in (("whole", t.small_model().eval()), ("sharded", t.small_model().eval())):
+    if name == "sharded":
+        for module in model.modules():
+            if type(module).__name__ in model._no_split_modules:
+                fully_shard(module)
+        fully_shard(model)
+    model(**batch).loss.backward()
+    result[name] = {{part: norm.item() for part, norm in gradient_norms(model).items()}}
+    model.get_parameter("lm_head.weight").data.fill_(float("nan"))
+    result[name]["place"] = first_non_finite(model, batch)
+torch.save(result, {folder!r} + f"/rank-{{args.process_index}}.pt")
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_ranks_learn_and_log_the_same_as_one(tmp_path):
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path)))
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What each of two ranks (gloo) found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "two_ranks.py"
+    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    two = torch.load(tmp_path / "two.pt")
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+def test_two_ranks_learn_and_log_the_same_as_one(tmp_path, two_ranks):
+    two = two_ranks[0]
     processor, rows = run_parts()
     start = small_model(router_aux_loss_coef=10.0).model.language_model.layers[1].mlp.gate.weight.detach()
     one = gate_after_one_step(tmp_path, [rows[0]] * 4, processor, per_device_train_batch_size=4)
     assert ((two["gate"] - start).norm() / (one - start).norm()).item() == pytest.approx(1.0, abs=1e-3)
     trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path, max_steps=2))
     trainer.train()
+    names = ["loss", "aux_loss", "router_entropy_decoder.1", "max_router_logit_decoder.1", "grad_norm_language"]
     for single, double in zip(trainer.state.log_history[:2], two["history"][:2], strict=True):
-        # Batch norm sees half a batch on each rank, so the numbers are near, not equal.
-        assert double["loss"] == pytest.approx(single["loss"], rel=0.02)
-        assert double["aux_loss"] == pytest.approx(single["aux_loss"], rel=0.05)
+        for name in names:
+            # Batch norm sees half a batch on each rank, so the numbers are near, not equal.
+            assert double[name] == pytest.approx(single[name], rel=0.05), name
+
+
+def test_biases_agree_bit_for_bit_over_ranks_and_with_one_process(tmp_path, two_ranks):
+    processor, rows = run_parts()
+    model = balanced_model()
+    trainer_of(model, rows, processor, still(tmp_path)).train()
+    for rank in two_ranks:
+        assert all(map(torch.equal, rank["biases"], biases(model)))
+    assert all(bias.any() for bias in biases(model))
+
+
+def test_sharded_gradients_and_weights_are_judged_whole(two_ranks):
+    for rank in two_ranks:
+        whole, sharded = rank["whole"], rank["sharded"]
+        assert "lm_head" in whole.pop("place") and "lm_head" in sharded.pop("place")
+        assert sharded == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_loss_that_breaks_on_one_rank_stops_both_with_the_rank_and_its_layer(two_ranks):
+    for rank in two_ranks:
+        assert "lm_head (Linear), whose own weight is not finite (rank 1)" in rank["message"]
+        assert "(rank 0)" not in rank["message"]
 
 
 def sampled(sampler, epoch):

@@ -1,6 +1,11 @@
-"""BLEU-1 to BLEU-4 and ROUGE-L of captions, equal to coco-caption's, without Java."""
+"""BLEU-1 to BLEU-4 and ROUGE-L of captions, equal to coco-caption's, without Java; METEOR and SPICE only with it."""
 
+import contextlib
+import importlib
+import importlib.util
+import io
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +20,8 @@ MAX_ORDER = 4
 TINY, SMALL = 1e-15, 1e-9
 # ROUGE-L's preference for recall, as coco-caption sets it.
 BETA = 1.2
+# Programs that only exist in Java: pycocoevalcap's class that starts each.
+JAVA_METRICS = {"METEOR": "pycocoevalcap.meteor.meteor.Meteor", "SPICE": "pycocoevalcap.spice.spice.Spice"}
 
 _DESCRIPTION = """\
 Overlap of a caption with its references: BLEU-1 to BLEU-4 over the whole set (clipped n-gram precision with a brevity
@@ -41,8 +48,9 @@ Args:
     predictions: One caption for each image.
     references: A list of captions for each image.
     per_item: Also return a dict for each image: its own scores, and the counts that BLEU of any subset is made of.
+    java_metrics: "METEOR", "SPICE" or both: also run the official programs, which needs Java and pycocoevalcap.
 Returns:
-    `BLEU-1` .. `BLEU-4` and `ROUGE-L` in 0..1; `per_item` if asked for.
+    `BLEU-1` .. `BLEU-4` and `ROUGE-L` in 0..1; `METEOR`, `SPICE` and `per_item` if asked for.
 Examples:
     >>> overlap = evaluate.load(path)
     >>> overlap.compute(predictions=["a dog runs"], references=[["a dog is running", "a brown dog runs"]])
@@ -140,6 +148,39 @@ def named(bleu_scores: Sequence[float], rouge: float) -> dict[str, float]:
     return scores | {"ROUGE-L": rouge}
 
 
+def check_java_metrics(names: Sequence[str]) -> None:
+    """Raise before any work where a program cannot run."""
+    for name in names:
+        if name not in JAVA_METRICS:
+            raise ValueError(f'java_metrics: "{name}" is unknown; choose among {", ".join(JAVA_METRICS)}')
+        lacks = [] if shutil.which("java") else ["Java on the PATH (Debian: apt-get install default-jre-headless)"]
+        lacks += [] if importlib.util.find_spec("pycocoevalcap") else ["pip install pycocoevalcap==1.2"]
+        if lacks:
+            raise ImportError(
+                f"java_metrics: {name} is a Java program, run by pycocoevalcap; it needs {' and '.join(lacks)}. "
+                "CIDEr, BLEU and ROUGE-L need neither"
+            )
+
+
+def java_scores(name: str, lines: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
+    """The official program's score of tokenized captions, of all and of each image."""
+    module, _, kind = JAVA_METRICS[name].rpartition(".")
+    # Not an import statement: `evaluate` would ask everyone for the package.
+    make = getattr(importlib.import_module(module), kind)
+    gts = {at: list(texts) for at, texts in enumerate(references)}
+    res = {at: [text] for at, text in enumerate(lines)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            whole, items = make().compute_score(gts, res)
+        except Exception as error:
+            raise RuntimeError(
+                f"java_metrics: {name} failed ({error!r}). SPICE downloads a parser at first use and runs on Java 8 "
+                "to 15; METEOR needs 2 GB of memory"
+            ) from error
+    each = [item["All"]["f"] if isinstance(item, dict) else item for item in items]
+    return float(whole), [float(item) for item in each]
+
+
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class CaptionOverlap(evaluate.Metric):
     def _info(self):
@@ -156,15 +197,19 @@ class CaptionOverlap(evaluate.Metric):
             reference_urls=["https://aclanthology.org/P02-1040", "https://github.com/tylin/coco-caption"],
         )
 
-    def _compute(self, predictions, references, per_item=False):
+    def _compute(self, predictions, references, per_item=False, java_metrics=()):
         check_inputs(predictions, references)
+        check_java_metrics(java_metrics)
+        lines = [tokenize(prediction) for prediction in predictions]
+        others = [[tokenize(caption) for caption in captions] for captions in references]
         counts, rouges = [], []
-        for prediction, captions in zip(predictions, references):
-            line, lines = tokenize(prediction), [tokenize(caption) for caption in captions]
-            counts.append(bleu_counts(line.split(), [other.split() for other in lines]))
+        for line, texts in zip(lines, others):
+            counts.append(bleu_counts(line.split(), [text.split() for text in texts]))
             # coco-caption splits at single spaces here, which makes an empty caption one empty word.
-            rouges.append(rouge_l(line.split(" "), [other.split(" ") for other in lines]))
+            rouges.append(rouge_l(line.split(" "), [text.split(" ") for text in texts]))
         result = named(bleu(counts), sum(rouges) / len(rouges))
-        if per_item:
-            result["per_item"] = [named(bleu([item]), rouge) | item._asdict() for item, rouge in zip(counts, rouges)]
-        return result
+        items = [named(bleu([item]), rouge) | item._asdict() for item, rouge in zip(counts, rouges)]
+        for name in java_metrics:
+            result[name], own = java_scores(name, lines, others)
+            items = [item | {name: value} for item, value in zip(items, own)]
+        return result | ({"per_item": items} if per_item else {})

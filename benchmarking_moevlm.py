@@ -1,0 +1,254 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""Measuring side by side: interleaved timings, peak memory, shares, tokens a second, the table and the picture of them.
+
+Letters: N tokens, D hidden, E experts.
+"""
+
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+from torch.profiler import ProfilerActivity, profile
+
+from .kernels_moevlm import product, sort_visits
+
+Row = dict[str, Any]
+
+
+def wait(device):
+    """Wait for the device's work, so that the clock shows it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(cases: Mapping[str, Callable[[int], Any]], seconds: float, device="cpu") -> dict[str, list[float]]:
+    """Times in seconds of each case, all cases once a round in an order drawn anew.
+
+    Args:
+        cases: Functions of the round's number, by name; each has run once before the clock starts.
+        seconds: How long to go on; three rounds at least.
+        device: Where they compute.
+    """
+    order, times = list(cases), {name: [] for name in cases}
+    generator = random.Random(0)
+    for run in cases.values():
+        run(0)
+    wait(device)
+    end, round_number = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or round_number < 3:
+        generator.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            cases[name](round_number)
+            wait(device)
+            times[name].append(time.perf_counter() - start)
+        round_number += 1
+    return times
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def batches(tokens, hidden_size, dtype, device):
+    """Inputs `(1, N, D)`, several, so that other experts are chosen each round."""
+    generator = torch.Generator().manual_seed(tokens)
+    count = 32 if tokens < 64 else 8 if tokens < 4096 else 3
+    made = [torch.randn(1, tokens, hidden_size, generator=generator) for _ in range(count)]
+    return [each.to(device, dtype) for each in made]
+
+
+def forward_case(block, inputs):
+    """A function of the round's number that runs `block` on that round's inputs."""
+
+    @torch.no_grad()
+    def run(round_number):
+        return block(inputs[round_number % len(inputs)])
+
+    return run
+
+
+def training_case(block, inputs):
+    """A function of the round's number: forward, backward with gradients of the inputs too, and gradients dropped."""
+
+    def run(round_number):
+        states = inputs[round_number % len(inputs)].detach().requires_grad_()
+        output = block(states)
+        output = output[0] if isinstance(output, tuple) else output
+        output.backward(torch.ones_like(output))
+        for parameter in block.parameters():
+            parameter.grad = None
+
+    return run
+
+
+def peak_bytes(run: Callable[[int], Any], device="cpu") -> int:
+    """The most memory that `run(0)` holds at a time beyond what was there before, in bytes."""
+    run(0)
+    if torch.device(device).type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(0)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run(0)
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def products_case(block, inputs):
+    """A function of the round's number: the expert products of our block alone, on rows that lie ready."""
+    experts, ready = block.experts, []
+    width = experts.intermediate_dim
+    with torch.no_grad():
+        for states in inputs:
+            tokens = states.flatten(0, -2)
+            visits = sort_visits(block.gate(tokens).experts, experts.num_experts)
+            ready.append((tokens.index_select(0, visits.tokens), list(visits.slices())))
+
+    @torch.no_grad()
+    def run(round_number):
+        rows, slices = ready[round_number % len(ready)]
+        for expert, part in slices:
+            both = product(rows[part], experts.gate_up_proj[expert], exact=False)
+            activated = experts.act_fn(both[:, :width]).mul_(both[:, width:])
+            product(activated, experts.down_proj[expert], exact=False)
+
+    return run
+
+
+def decoding_case(model, batch_size, new_tokens, compiled):
+    """A function of the round's number that decodes `new_tokens` greedily after a prompt of 16 random tokens."""
+    prompt = torch.randint(10, 500, (batch_size, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    if compiled:
+        config = transformers.CompileConfig(fullgraph=True, mode="default")
+        config._compile_all_devices = True
+        options.update(cache_implementation="static", compile_config=config)
+
+    @torch.no_grad()
+    def run(round_number):
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+    return run
+
+
+def summary(rows: Sequence[Row], ours: str, limit: str) -> list[Row]:
+    """Geometric mean and worst of our time over the fastest peer's, and over the limit's, for each kind and N."""
+    found, groups = [], {}
+    for row in rows:
+        groups.setdefault((row["kind"], row["tokens"]), []).append(row)
+    for (kind, tokens), members in groups.items():
+        over_peer = [member["values"][ours] / fastest_peer(member, ours, limit)[1] for member in members]
+        line = {"kind": kind, "tokens": tokens, "cases": len(members)}
+        line.update(over_peer=geometric_mean(over_peer), worst=max(over_peer))
+        over_limit = [
+            member["values"][ours] / member["values"][limit] for member in members if limit in member["values"]
+        ]
+        if over_limit:
+            line["over_limit"] = geometric_mean(over_limit)
+        found.append(line)
+    return found
+
+
+def fastest_peer(row: Row, ours: str, limit: str) -> tuple[str, float]:
+    """Name and value of the best that is neither ours nor the limit; for tokens a second, the largest is the best."""
+    others = {name: each for name, each in row["values"].items() if not name.startswith(ours) and name != limit}
+    best = max if row["unit"] == "tokens/s" else min
+    name = best(others, key=others.get)
+    return name, others[name]
+
+
+def table(rows: Sequence[Row], ours: str, limit: str) -> str:
+    """A Markdown table, a line a row: each name's value, and ours over the best peer's and over the limit's."""
+    lines = []
+    for row in rows:
+        peer, value = fastest_peer(row, ours, limit)
+        cells = [row["kind"], row["dtype"], row["shape"], str(row["tokens"])]
+        ratio = f"**{row['values'][ours] / value:.2f}** ({peer})"
+        over_limit = f"{row['values'][ours] / row['values'][limit]:.2f}" if limit in row["values"] else "-"
+        values = ", ".join(f"{name} {shown(each, row['unit'])}" for name, each in row["values"].items())
+        lines.append("| " + " | ".join([*cells, ratio, over_limit, values]) + " |")
+    head = "| kind | dtype | D,F,E,K | tokens | ours / best peer | ours / dense | all |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
+
+
+def shown(value: float, unit: str) -> str:
+    """A number with its unit, short."""
+    if unit == "s":
+        return f"{value * 1e6:.0f} us" if value < 1e-2 else f"{value * 1e3:.0f} ms"
+    if unit == "bytes":
+        return f"{value / 2**20:.1f} MiB"
+    return f"{value:.0f} {unit}"
+
+
+def picture(rows: Sequence[Row], ours: str, limit: str, path: Path) -> None:
+    """A bar for each row: our value over the best peer's; below 1 we are better (above 1 for tokens a second)."""
+    figure = Figure(figsize=(9, 1.2 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    ratios = [row["values"][ours] / fastest_peer(row, ours, limit)[1] for row in rows]
+    names = [f"{row['kind']} {row['dtype']} {row['shape']} N={row['tokens']}" for row in rows]
+    better = [(ratio > 1) == (row["unit"] == "tokens/s") for ratio, row in zip(ratios, rows)]
+    axes.barh(range(len(rows)), ratios, color=["tab:green" if good else "tab:orange" for good in better])
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("ours / best peer (green is better)")
+    figure.savefig(path, dpi=120)
+
+
+def machine(device="cpu") -> Row:
+    """What the numbers were measured on."""
+    found = {
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if torch.device(device).type == "cuda":
+        found["card"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def write(results: Row, folder: Path, name: str) -> Path:
+    """`<name>.json` in `folder`, and its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+__all__ = [
+    "batches",
+    "decoding_case",
+    "fastest_peer",
+    "forward_case",
+    "interleaved",
+    "machine",
+    "medians",
+    "peak_bytes",
+]
+__all__ += ["picture", "products_case", "summary", "table", "training_case", "write"]

@@ -1,0 +1,226 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""What the configs of parents mean in ours: one function per part, and the dense config that they make together."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from .configuration_moevlm import MoeVlmConfig
+
+TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+VISION_FAMILIES = ("siglip", "siglip2", "clip")
+WHOLE_FAMILIES = ("smolvlm", "idefics3", "llava", "moevlm")
+# What may stand in a parent's config only as given here: our decoder has no switch for anything else.
+TEXT_DEMANDS = {"mlp_bias": False, "clip_qkv": None, "partial_rotary_factor": 1.0, "no_rope_layers": None}
+
+
+def text_fields(config: PretrainedConfig, notes: list[str]) -> dict[str, Any]:
+    """Fields of `MoeVlmTextConfig` that rebuild the decoder of `config`; remarks go to `notes`.
+
+    Raises:
+        ValueError: An unknown family (the known ones are listed), or a feature that our decoder has no switch for.
+    """
+    family = config.model_type
+    if family == "moevlm_text":
+        return own_fields(config)
+    if family not in TEXT_FAMILIES:
+        raise ValueError(f"model_type={family!r} is no known text parent; known are {', '.join(TEXT_FAMILIES)}")
+    for name, wanted in TEXT_DEMANDS.items():
+        if getattr(config, name, wanted) != wanted:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} of the {family} parent has no place here: {wanted!r} only"
+            )
+    if family != "qwen2_moe" and getattr(config, "attention_bias", False):
+        raise ValueError(f"attention_bias=True of the {family} parent also has o_proj.bias, which has no place here")
+    heads = config.num_attention_heads
+    fields = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.num_key_value_heads or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": rope_of(config),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.initializer_range,
+        "attention_bias": family in ("qwen2", "qwen2_moe"),
+        "use_qk_norm": family in ("qwen3", "qwen3_moe", "olmoe"),
+        **{name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        "moe_layers": "none",
+    }
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and window < config.max_position_embeddings:
+        fields["max_position_embeddings"] = window
+        notes.append(f"the parent sees {window} tokens back (sliding_window); the model is exact up to that length")
+    return fields | sparse_fields(config)
+
+
+def sparse_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """What a sparse text parent adds to its dense fields; nothing for a dense one."""
+    family, layers = config.model_type, config.num_hidden_layers
+    if family not in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+        return {}
+    fields = {
+        "num_experts": config.num_local_experts if family == "mixtral" else config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        # Mixtral always renormalises.
+        "norm_topk_prob": family == "mixtral" or config.norm_topk_prob,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+    }
+    sparse = set(range(layers))
+    if family in ("qwen2_moe", "qwen3_moe"):
+        step, dense = config.decoder_sparse_step, config.mlp_only_layers or ()
+        sparse = {i for i in range(layers) if i not in dense and step > 0 and (i + 1) % step == 0}
+    if family == "qwen2_moe":
+        width, unit = config.shared_expert_intermediate_size, config.moe_intermediate_size
+        if width % unit:
+            raise ValueError(f"shared_expert_intermediate_size={width} is no multiple of moe_intermediate_size={unit}")
+        fields |= {"n_shared_experts": width // unit, "shared_expert_gate": True}
+    if family == "olmoe":
+        fields["qk_norm_per_head"] = False
+    fields["mlp_layer_types"] = ["sparse" if i in sparse else "dense" for i in range(layers)]
+    return fields
+
+
+def rope_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The rotary settings in the form of transformers 5, from either line's config."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        parameters = {
+            "rope_type": "default",
+            "rope_theta": config.rope_theta,
+            **(getattr(config, "rope_scaling", None) or {}),
+        }
+        parameters["rope_type"] = parameters.pop("type", parameters["rope_type"])
+    return {name: value for name, value in parameters.items() if name != "partial_rotary_factor"}
+
+
+def own_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """All fields of a config of ours, as a dict that its class takes."""
+    left_out = {"model_type", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"}
+    return {name: value for name, value in config.to_dict().items() if name not in left_out and name[0] != "_"}
+
+
+def vision_fields(config: PretrainedConfig, feature_layer: int = -1) -> dict[str, Any]:
+    """Fields of `MoeVlmVisionConfig` that rebuild the tower of `config`.
+
+    Args:
+        feature_layer: Which hidden state feeds the connector, counted as transformers counts them: -1 the last, with
+            the final norm where the family's output has it; -2 (LLaVA's choice) leaves out the last block.
+
+    Raises:
+        ValueError: An unknown family, or a layer outside the tower.
+    """
+    family = config.model_type.removesuffix("_vision_model").removesuffix("_vision")
+    if family == "moevlm":
+        return own_fields(config)
+    if family not in (*VISION_FAMILIES, "idefics3", "smolvlm"):
+        raise ValueError(
+            f"model_type={config.model_type!r} is no known vision parent; known are {', '.join(VISION_FAMILIES)}"
+        )
+    layers = feature_layer if feature_layer >= 0 else config.num_hidden_layers + 1 + feature_layer
+    if not 0 <= layers <= config.num_hidden_layers:
+        raise ValueError(f"vision_feature_layer={feature_layer} is outside the {config.num_hidden_layers} blocks")
+    clip = family == "clip"
+    size = math.isqrt(config.num_patches) * config.patch_size if family == "siglip2" else config.image_size
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_channels": config.num_channels,
+        "image_size": size,
+        "patch_size": config.patch_size,
+        "stem": "patch",
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "patch_bias": not clip,
+        "use_class_token": clip,
+        "use_pre_layernorm": clip,
+        # CLIP normalises its pooled output only.
+        "use_post_layernorm": not clip and layers == config.num_hidden_layers,
+    }
+
+
+def connector_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Fields of `MoeVlmConnectorConfig` that rebuild the connector of a whole model.
+
+    Raises:
+        ValueError: An unknown family, or several feature layers.
+    """
+    family = config.model_type
+    if family == "moevlm":
+        return own_fields(config.connector_config)
+    if family in ("smolvlm", "idefics3"):
+        return {"projector": "linear", "projector_bias": False, "pixel_shuffle_factor": config.scale_factor}
+    if family != "llava":
+        raise ValueError(f"model_type={family!r} is no known whole model; known are {', '.join(WHOLE_FAMILIES)}")
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(f"vision_feature_layer={config.vision_feature_layer} joins several layers; one only")
+    kept_class = config.vision_feature_select_strategy != "default"
+    if kept_class and "clip" in config.vision_config.model_type:
+        raise ValueError("vision_feature_select_strategy='full' keeps CLIP's class token, which has no place here")
+    return {
+        "projector": "mlp",
+        "projector_act": config.projector_hidden_act,
+        "projector_bias": config.multimodal_projector_bias,
+        "pixel_shuffle_factor": 1,
+    }
+
+
+def dense_config(
+    configs: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    image_token_id: int,
+    tied: bool,
+    feature_layer: int = -1,
+    projector: str = "mlp",
+    pixel_shuffle_factor: int | None = None,
+) -> tuple[MoeVlmConfig, list[str]]:
+    """The config of the parents joined as they are, and remarks.
+
+    Args:
+        configs: Either "whole", or "text" and "vision"; a vision parent may be a dict of `MoeVlmVisionConfig` fields,
+            a tower from scratch.
+        vocab_size: Tokens of the tokenizer; the vocabulary grows to it where the parent's is smaller.
+        image_token_id: The placeholder's id.
+        tied: Whether a whole parent's checkpoint has no head of its own: its configs say so in two places, of which
+            either transformers line reads another.
+        feature_layer: Of a vision parent, see [`vision_fields`]; a whole parent knows its own.
+        projector, pixel_shuffle_factor: Of a new connector; the factor is by default the smallest from 2 to 4 that
+            divides the patches of a side, else 1.
+    """
+    notes: list[str] = []
+    if whole := configs.get("whole"):
+        connector, text_config, vision_config = connector_fields(whole), whole.text_config, whole.vision_config
+        feature_layer = getattr(whole, "vision_feature_layer", -1)
+        if whole.model_type in ("smolvlm", "idefics3"):
+            notes.append("a picture is one square: the parent's cutting of large pictures is left out")
+    else:
+        text_config = getattr(configs["text"], "text_config", configs["text"])
+        vision_config = configs["vision"]
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        connector = {"projector": projector}
+    vision = vision_config if isinstance(vision_config, dict) else vision_fields(vision_config, feature_layer)
+    if "pixel_shuffle_factor" not in connector:
+        side = MoeVlmConfig(vision_config=dict(vision)).vision_config.patches_per_side
+        fitting = [factor for factor in (2, 3, 4) if side % factor == 0]
+        connector["pixel_shuffle_factor"] = pixel_shuffle_factor or (fitting[0] if fitting else 1)
+    text = text_fields(text_config, notes)
+    if whole:
+        text["tie_word_embeddings"] = tied
+    if vocab_size > text["vocab_size"]:
+        notes.append(f"the vocabulary grows from {text['vocab_size']} to {vocab_size} tokens")
+        text["vocab_size"] = vocab_size
+    config = MoeVlmConfig(
+        text_config=text, vision_config=vision, connector_config=connector, image_token_id=image_token_id
+    )
+    return config, notes

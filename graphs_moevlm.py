@@ -1,0 +1,140 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""The experts' arithmetic for captured graphs (torch.compile, torch.export) and for CUDA.
+
+Either no shape depends on the routing, or an operator hides it. Shapes and arguments as in `kernels_moevlm.py`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .kernels_moevlm import (
+    activation,
+    combine,
+    decode_experts,
+    grouped_backward,
+    product_dtype,
+    sort_visits,
+    visit_experts,
+)
+
+
+def batched_experts(tokens, experts, weights, gate_up, down, act):
+    """One product a visit on a copy of its expert's weights: for few tokens in a captured graph."""
+    ids = experts.flatten().clamp(max=gate_up.shape[0] - 1)  # (N*K,)
+    rows = tokens.repeat_interleave(experts.shape[-1], dim=0)  # (N*K, D)
+    gate, up = torch.bmm(gate_up[ids], rows.unsqueeze(-1)).squeeze(-1).chunk(2, dim=-1)  # (N*K, F) both
+    outputs = torch.bmm(down[ids], (act(gate) * up).unsqueeze(-1)).squeeze(-1)  # (N*K, D)
+    weights = weights.masked_fill(experts >= gate_up.shape[0], 0.0)
+    return (outputs.unflatten(0, experts.shape) * weights.unsqueeze(-1)).sum(1).to(tokens.dtype)
+
+
+def dense_experts(tokens, experts, weights, gate_up, down, act):
+    """Every expert on every token, weighted by 0 where it was not chosen: E/K times the work, and exportable."""
+    num_experts = gate_up.shape[0]
+    shares = weights.new_zeros(tokens.shape[0], num_experts + 1).scatter_add(1, experts, weights)[:, :num_experts]
+    gate, up = torch.matmul(tokens, gate_up.transpose(1, 2)).chunk(2, dim=-1)  # (E, N, F) both
+    outputs = torch.matmul(act(gate) * up, down.transpose(1, 2))  # (E, N, D)
+    return (outputs * shares.t().unsqueeze(-1)).sum(0).to(tokens.dtype)
+
+
+def fits_grouped_mm(tokens, gate_up):
+    """Whether PyTorch's grouped matrix product takes these: bf16, and rows of whole 16 bytes."""
+    if not hasattr(F, "grouped_mm") or product_dtype(tokens, gate_up) != torch.bfloat16:
+        return False
+    return gate_up.shape[-1] % 8 == 0 and gate_up.shape[1] % 16 == 0
+
+
+def grouped_mm_experts(tokens, experts, weights, gate_up, down, act):
+    """PyTorch's own grouped matrix product between a sort and its inverse: no host synchronisation, fit for graphs."""
+    num_experts, dtype = gate_up.shape[0], product_dtype(tokens, gate_up)
+    ids, order = experts.flatten().sort(stable=True)  # (N*K,) both
+    ends = torch.searchsorted(ids, torch.arange(num_experts, device=ids.device), right=True, out_int32=True)  # (E,)
+    skipped = (ids >= num_experts).unsqueeze(-1)  # (N*K, 1); the product leaves these rows unwritten
+    rows = tokens.to(dtype)[order // experts.shape[-1]].masked_fill(skipped, 0.0)  # (N*K, D)
+    both = F.grouped_mm(rows, gate_up.to(dtype).transpose(1, 2), offs=ends).masked_fill(skipped, 0.0)  # (N*K, 2F)
+    gate, up = both.chunk(2, dim=-1)
+    outputs = F.grouped_mm(act(gate) * up, down.to(dtype).transpose(1, 2), offs=ends).masked_fill(skipped, 0.0)
+    places = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
+    outputs = outputs[places].unflatten(0, experts.shape)  # (N, K, D)
+    return (outputs * weights.unsqueeze(-1)).sum(1).to(tokens.dtype)
+
+
+# Operators, so that torch.compile sees one node where shapes depend on the routing. A second copy of this file (code of
+# another checkpoint) registers them anew.
+
+
+@torch.library.custom_op("moevlm::experts", mutates_args=())
+def experts_operator(
+    tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str, dtype: torch.dtype
+) -> Tensor:
+    if dtype == gate_up.dtype:
+        return decode_experts(tokens, experts, weights, gate_up, down, activation(act))
+    visits = sort_visits(experts, gate_up.shape[0])
+    outputs = visit_experts(tokens, visits, gate_up, down, activation(act), dtype)
+    return combine(outputs, visits, weights.to(outputs.dtype))
+
+
+@torch.library.custom_op("moevlm::experts_forward", mutates_args=())
+def experts_forward_operator(
+    tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    visits = sort_visits(experts, gate_up.shape[0])
+    hidden = tokens.new_empty(experts.numel(), gate_up.shape[1], dtype=dtype)  # (N*K, 2F)
+    outputs = visit_experts(tokens, visits, gate_up, down, activation(act), dtype, hidden)
+    return combine(outputs, visits, weights.to(outputs.dtype)), hidden
+
+
+@torch.library.custom_op("moevlm::experts_backward", mutates_args=())
+def experts_backward_operator(
+    grad_output: Tensor,
+    tokens: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    hidden: Tensor,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    visits = sort_visits(experts, gate_up.shape[0])
+    hidden = hidden[: len(visits.order)]
+    return grouped_backward(grad_output, tokens, visits, weights, gate_up, down, hidden, activation(act))
+
+
+@experts_operator.register_fake
+def _(tokens, experts, weights, gate_up, down, act, dtype):
+    return torch.empty_like(tokens)
+
+
+@experts_forward_operator.register_fake
+def _(tokens, experts, weights, gate_up, down, act, dtype):
+    return torch.empty_like(tokens), tokens.new_empty(experts.numel(), gate_up.shape[1], dtype=dtype)
+
+
+@experts_backward_operator.register_fake
+def _(grad_output, tokens, experts, weights, gate_up, down, hidden, act):
+    return tuple(torch.empty_like(each) for each in (tokens, weights, gate_up, down))
+
+
+def _keep_for_backward(ctx, inputs, output):
+    tokens, experts, weights, gate_up, down, ctx.act, _ = inputs
+    ctx.save_for_backward(tokens, experts, weights, gate_up, down, output[1])
+
+
+def _operator_backward(ctx, grad_output, _):
+    tokens, weights, gate_up, down = experts_backward_operator(grad_output.contiguous(), *ctx.saved_tensors, ctx.act)
+    return tokens, None, weights, gate_up, down, None, None
+
+
+experts_forward_operator.register_autograd(_operator_backward, setup_context=_keep_for_backward)
+
+
+def opaque_experts(tokens, experts, weights, gate_up, down, act):
+    """`decode_experts` and `grouped_experts` as one node of a graph; `act` is the activation's name."""
+    dtype = product_dtype(tokens, gate_up)
+    if torch.is_grad_enabled():
+        return experts_forward_operator(tokens, experts, weights, gate_up, down, act, dtype)[0]
+    return experts_operator(tokens, experts, weights, gate_up, down, act, dtype)
+
+
+__all__ = ["batched_experts", "dense_experts", "fits_grouped_mm", "grouped_mm_experts", "opaque_experts"]

@@ -1,0 +1,327 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""The experts' arithmetic, tensors in and tensors out: which matrix products run, in which order, on which memory.
+
+Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, V visits (at most N*K), M visits of one
+expert, R rows and C columns of a matrix.
+
+Each `*_experts` function takes `tokens` `(N, D)`, `experts` `(N, K)` (the id E marks a visit to skip), `weights`
+`(N, K)`, `gate_up` `(E, 2F, D)`, `down` `(E, D, F)` and the activation `act`, and returns `(N, D)` in the dtype of
+`tokens`: SwiGLU experts (Shazeer 2020, arXiv:2002.05202), weighted and summed.
+"""
+
+import ctypes
+from contextlib import nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+
+@cache
+def activation(name):
+    """The activation that a config names, one object for each name."""
+    return F.silu if name in ("silu", "swish") else ACT2FN[name]
+
+
+def eager_experts(tokens, experts, weights, gate_up, down, act):
+    """The reference, for reading: one expert after the other, plain autograd."""
+    output = torch.zeros_like(tokens)
+    # unbind, not weight[e]: each index would build a zero gradient of all E experts.
+    for expert, (first, second) in enumerate(zip(gate_up.unbind(0), down.unbind(0))):
+        token, choice = torch.where(experts == expert)  # (M,) both
+        gate, up = F.linear(tokens[token], first).chunk(2, dim=-1)  # (M, F) both
+        visited = F.linear(act(gate) * up, second) * weights[token, choice, None]  # (M, D)
+        output = output.index_add(0, token, visited.to(output.dtype))
+    return output
+
+
+# Which product is fast depends on the number of rows and on the CPU
+
+
+class Cpu(NamedTuple):
+    """What the choice of a product depends on."""
+
+    amd: bool
+    native_bfloat16: bool  # PyTorch's own bf16 matrix-vector loop beats oneDNN's, which wants tiles
+
+
+@cache
+def this_cpu():
+    """[`Cpu`] of this machine."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = found.get("avx512_bw", False) and not found.get("amx_tile", False)
+    return Cpu("AMD" in found.get("cpu_name", ""), native)
+
+
+def matrix_vector(matrices, vectors):
+    """Each matrix times its vector, as the memory can deliver the matrices: nothing of them is copied.
+
+    Args:
+        matrices: A list of V matrices `(R, C)`.
+        vectors: `(V, C)`, same dtype.
+
+    Returns:
+        `(V, R)`, perhaps strided.
+    """
+    count, rows, columns = len(matrices), *matrices[0].shape
+    # MKL on AMD streams a product of two columns 1.1 to 2.2 times as fast as gemv, while rows are short enough.
+    if this_cpu().amd and vectors.dtype == torch.float32 and vectors.device.type == "cpu" and columns < 4096:
+        halved = columns >= 2048 and columns % 2 == 0 and matrices[0].is_contiguous()
+        if halved:  # two short rows in place of a long one, each with its own half of the vector
+            pairs = vectors.unflatten(1, (2, columns // 2))  # (V, 2, C / 2)
+            matrices = [matrix.view(2 * rows, columns // 2) for matrix in matrices]
+        else:
+            pairs = vectors.unsqueeze(1).expand(count, 2, columns).contiguous()  # (V, 2, C)
+        out = vectors.new_empty(count, matrices[0].shape[0], 2)
+        for matrix, pair, place in zip(matrices, pairs.unbind(0), out.unbind(0)):
+            torch.mm(matrix, pair.t(), out=place)
+        return out[:, ::2, 0] + out[:, 1::2, 1] if halved else out[..., 0]
+    out = vectors.new_empty(count, rows)
+    native = vectors.dtype == torch.bfloat16 and vectors.device.type == "cpu" and this_cpu().native_bfloat16
+    enabled = torch._C._get_mkldnn_enabled() if native else None
+    try:
+        if native:
+            torch._C._set_mkldnn_enabled(False)
+        for matrix, vector, place in zip(matrices, vectors.unbind(0), out.unbind(0)):
+            torch.mv(matrix, vector, out=place)
+    finally:
+        if native:
+            torch._C._set_mkldnn_enabled(enabled)
+    return out
+
+
+def product(rows, matrix, out=None, exact=True):
+    """`rows (M, C)` times the transposed `matrix (R, C)`: `(M, R)`, in `out` if given; dtypes may differ (autocast).
+
+    With `exact`, the result does not depend on where the matrix lies in memory, as the forms for few rows do: a model
+    that was saved and loaded computes the same bits.
+    """
+    if rows.dtype != matrix.dtype or (out is not None and out.dtype != rows.dtype):
+        found = rows @ matrix.to(rows.dtype).t()
+    else:
+        found = cpu_product(rows, matrix, exact) if rows.device.type == "cpu" else None
+        if found is None:
+            return torch.mm(rows, matrix.t(), out=out)
+    return found if out is None else out.copy_(found)
+
+
+def cpu_product(rows, matrix, exact):
+    """A faster form than `mm` for this CPU and shape, or None."""
+    count, columns = rows.shape
+    if count == 1 and not exact:
+        return matrix_vector([matrix], rows)
+    if rows.dtype != torch.float32 or not this_cpu().amd:
+        return None
+    if count <= (8 if columns < 512 else 4 if columns < 1024 else 2) and not exact:
+        return (matrix @ rows.contiguous().t()).t()
+    if count * matrix.numel() >= 2**25:
+        # oneDNN's kernel instead of MKL's, which knows Intel's CPUs better than AMD's.
+        return torch.ops.mkldnn._linear_pointwise(rows, matrix, None, "none", [], "")
+    return None
+
+
+def write_product(left, right, out):
+    """`left @ right` written to `out`, whose dtype may differ (autocast)."""
+    if left.dtype == right.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return out.copy_(left @ right)
+
+
+# Sorted by expert
+
+
+class Visits(NamedTuple):
+    """The visits of N tokens, sorted by expert; skipped ones come last and are left out."""
+
+    counts: list[int]  # E numbers: how many visits each expert got
+    order: Tensor  # (V,) which of the N*K choices each sorted visit is
+    tokens: Tensor  # (V,) the token of each sorted visit
+    places: Tensor  # (N, K) where each choice stands among the sorted visits; V where it is skipped
+
+    def slices(self):
+        """(expert, its slice of the sorted visits) for each expert that was hit."""
+        start = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, slice(start, start + count)
+            start += count
+
+
+def sort_visits(experts, num_experts):
+    """[`Visits`] of `experts` `(N, K)`: one stable sort, whatever the number of experts."""
+    ids = experts.flatten()  # (N*K,)
+    order = ids.argsort(stable=True)
+    counts = torch.bincount(ids, minlength=num_experts + 1).tolist()[:num_experts]
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    visits = sum(counts)
+    if visits < len(order):
+        order, places = order[:visits], places.clamp_(max=visits)
+    return Visits(counts, order, order // experts.shape[-1], places.view_as(experts))
+
+
+def new_rows(visits, like, dtype):
+    """Memory for a row a visit `(V, D)`, and one of zeros behind them if a choice is skipped."""
+    skipped = len(visits.order) < visits.places.numel()
+    rows = like.new_empty(len(visits.order) + skipped, like.shape[-1], dtype=dtype)
+    if skipped:
+        rows[-1].zero_()
+    return rows
+
+
+def combine(rows, visits, weights=None):
+    """Each token's sum `(N, D)` of its visits' `rows`, weighted by `weights` `(N, K)` if given, in one pass."""
+    return F.embedding_bag(visits.places, rows, per_sample_weights=weights, mode="sum")
+
+
+def visit_experts(tokens, visits, gate_up, down, act, dtype, hidden=None):
+    """What the experts make of each visit, `(V, D)` in the dtype of `tokens`, not yet weighted.
+
+    `hidden`, if given, `(V, 2F)`, keeps the products with `gate_up` for a backward pass.
+    """
+    width, decoding = down.shape[-1], hidden is None
+    rows = tokens.index_select(0, visits.tokens).to(dtype)  # (V, D)
+    outputs = new_rows(visits, tokens, tokens.dtype)
+    for expert, part in visits.slices():
+        both = product(rows[part], gate_up[expert], None if decoding else hidden[part], not decoding)  # (M, 2F)
+        activated = act(both[:, :width]).mul_(both[:, width:])  # (M, F)
+        product(activated, down[expert], outputs[part], not decoding)
+    return outputs
+
+
+def activation_backward(gate, grad, act, out):
+    """The gradient of `gate`, given the one of `act(gate)`, written to `out`."""
+    if act is F.silu:
+        return torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=out)
+    with torch.enable_grad():
+        leaf = gate.detach().requires_grad_()
+        return out.copy_(torch.autograd.grad(act(leaf), leaf, grad)[0])
+
+
+def grouped_backward(grad_output, tokens, visits, weights, gate_up, down, hidden, act, needs=(True,) * 4):
+    """Gradients of `tokens`, `weights`, `gate_up` and `down`, None for those that `needs` does not name.
+
+    Args:
+        grad_output: `(N, D)`.
+        hidden: What [`visit_experts`] kept, `(V, 2F)`; its dtype is the products'.
+    """
+    needs_tokens, needs_weights, needs_gate_up, needs_down = needs
+    dtype, width = hidden.dtype, down.shape[-1]
+    shares = weights.flatten().index_select(0, visits.order).to(dtype).unsqueeze(-1)  # (V, 1)
+    grad_shares = hidden.new_empty(len(shares))
+    grad_inputs = new_rows(visits, tokens, tokens.dtype) if needs_tokens else None
+    grad_gate_up = empty_gradient(gate_up, visits.counts) if needs_gate_up else None
+    grad_down = empty_gradient(down, visits.counts) if needs_down else None
+    for expert, part in visits.slices():
+        token, share = visits.tokens[part], shares[part]
+        gate, up = hidden[part].split(width, dim=-1)  # (M, F) both
+        acted = act(gate)
+        activated = acted * up
+        # The weight of a visit is applied to rows of width D, where it is cheapest, and after the product.
+        grad_rows = grad_output.index_select(0, token).to(dtype)  # (M, D)
+        grad_activated = product(grad_rows, down[expert].t())  # (M, F)
+        if needs_down:
+            write_product(grad_rows.mul_(share).t(), activated, grad_down[expert])
+        # The router's gradient is <dy, W2 a> = <dy W2, a>: no output of an expert has to be kept.
+        torch.sum(activated.mul_(grad_activated), -1, out=grad_shares[part])
+        grad_both = hidden.new_empty(hidden[part].shape)  # (M, 2F)
+        torch.mul(grad_activated, acted, out=grad_both[:, width:])
+        activation_backward(gate, grad_activated.mul_(up), act, grad_both[:, :width])
+        if needs_gate_up:
+            write_product(grad_both.t(), tokens.index_select(0, token).to(dtype).mul_(share), grad_gate_up[expert])
+        if needs_tokens:
+            product(grad_both, gate_up[expert].t(), grad_inputs[part])
+    grad_tokens = combine(grad_inputs, visits, weights.to(tokens.dtype)) if needs_tokens else None
+    grad_weights = None
+    if needs_weights:
+        grad_weights = torch.zeros_like(weights).flatten().index_copy_(0, visits.order, grad_shares.to(weights.dtype))
+        grad_weights = grad_weights.view_as(weights)
+    return grad_tokens, grad_weights, grad_gate_up, grad_down
+
+
+class GroupedExperts(torch.autograd.Function):
+    """Forward and backward over contiguous slices; keeps tokens, routing and the products with `gate_up`, no more."""
+
+    @staticmethod
+    def forward(ctx, tokens, weights, gate_up, down, experts, act, dtype):
+        visits = sort_visits(experts, gate_up.shape[0])
+        hidden = tokens.new_empty(len(visits.order), gate_up.shape[1], dtype=dtype)  # (V, 2F)
+        outputs = visit_experts(tokens, visits, gate_up, down, act, dtype, hidden)
+        ctx.save_for_backward(tokens, weights, gate_up, down, hidden, *visits[1:])
+        ctx.counts, ctx.act = visits.counts, act
+        return combine(outputs, visits, weights.to(outputs.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        tokens, weights, gate_up, down, hidden, *sorted_visits = ctx.saved_tensors
+        visits = Visits(ctx.counts, *sorted_visits)
+        needs = ctx.needs_input_grad[:4]
+        gradients = grouped_backward(grad_output, tokens, visits, weights, gate_up, down, hidden, ctx.act, needs)
+        return *gradients, None, None, None
+
+
+def empty_gradient(parameter, counts):
+    """Memory for the gradient of a stacked `parameter`: zero where an expert got no visit, unwritten elsewhere."""
+    gradient = torch.empty_like(parameter)
+    for expert, count in enumerate(counts):
+        if not count:
+            gradient[expert].zero_()
+    return gradient
+
+
+def product_dtype(tokens, gate_up):
+    """The dtype of the experts' products: autocast's where it is on, else the parameters'."""
+    device = tokens.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up.dtype
+
+
+def grouped_experts(tokens, experts, weights, gate_up, down, act):
+    """Sort the visits by expert once, then two products for each expert that was hit, on contiguous slices."""
+    device, dtype = tokens.device.type, product_dtype(tokens, gate_up)
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (tokens, weights, gate_up, down)):
+            return GroupedExperts.apply(tokens, weights, gate_up, down, experts, act, dtype)
+        visits = sort_visits(experts, gate_up.shape[0])
+        outputs = visit_experts(tokens, visits, gate_up, down, act, dtype)
+        return combine(outputs, visits, weights.to(outputs.dtype))
+
+
+def decode_experts(tokens, experts, weights, gate_up, down, act):
+    """One token: a matrix times a vector on views of the chosen experts. Other calls are `grouped_experts`'s."""
+    if len(tokens) != 1 or torch.is_grad_enabled() or tokens.dtype != gate_up.dtype:
+        return grouped_experts(tokens, experts, weights, gate_up, down, act)
+    chosen = experts[0].tolist()
+    if max(chosen) >= gate_up.shape[0]:
+        kept = [place for place, expert in enumerate(chosen) if expert < gate_up.shape[0]]
+        if not kept:
+            return torch.zeros_like(tokens)
+        chosen, weights = [chosen[place] for place in kept], weights[:, kept]
+    hidden = matrix_vector([gate_up[expert] for expert in chosen], tokens.expand(len(chosen), -1))  # (K, 2F)
+    gate, up = hidden.chunk(2, dim=-1)
+    activated = act(gate).mul_(up).mul_(weights.t())  # (K, F)
+    return matrix_vector([down[expert] for expert in chosen], activated).sum(0, keepdim=True)
+
+
+# Linux, glibc: option numbers of mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory():
+    """Let the C library keep freed memory for the next training step; whether it could.
+
+    glibc returns blocks above 32 MB to the system at once, such as the gradients of stacked experts, and each step pays
+    for their pages anew: up to a third of a step on a CPU. Elsewhere than on Linux with glibc this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+__all__ = ["activation", "combine", "decode_experts", "eager_experts", "grouped_backward", "grouped_experts"]
+__all__ += ["keep_freed_memory", "product", "product_dtype", "sort_visits", "visit_experts"]

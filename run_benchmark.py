@@ -1,0 +1,142 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""Measure the sparse block and whole models beside those of the installed transformers, in one interleaved run.
+
+    python run_benchmark.py --what forward --tokens 1 64 --shapes 256,512,8,2
+    python run_benchmark.py --threads 1 --dtype float32 bfloat16 --what forward training memory growth share
+    python run_benchmark.py --what decoding --batch_sizes 1 8 --compile
+
+Writes `<output_dir>/<name>.json`, `.md` and `.png`. Steady figures need a quiet machine: on Linux, put
+`chrt -r 1 taskset -c 1` in front.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser, logging
+
+from moevlm import benchmarking_moevlm as bench
+from moevlm.configuration_moevlm import MoeVlmConfig
+from moevlm.kernels_moevlm import keep_freed_memory
+from moevlm.peers_moevlm import DENSE, OURS, Shape, blocks, text_stacks, vlms
+
+SHAPES = ("256,512,8,2", "576,1536,8,2", "1024,512,32,4", "2048,768,64,8")
+GROWTH = ("256,256,8,2", "256,256,64,2", "256,256,256,2")
+TRAINED_FROM = 512  # tokens; fewer are no training batch
+# Copies the weights of each visit: beyond this many tokens it would only fill the memory.
+SLOW_FROM = {"Qwen3-MoE batched_mm": 64, "Qwen3-VL-MoE": 512}
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure, and where the results go."""
+
+    what: list[str] = field(
+        default_factory=lambda: ["forward", "training", "memory", "growth", "share"],
+        metadata={"help": "Any of forward, training, memory, growth, share, decoding."},
+    )
+    shapes: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"help": "Blocks, as D,F,E,K."})
+    dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})
+    tokens: list[int] = field(default_factory=lambda: [1, 8, 64, 512, 4096], metadata={"help": "Tokens of a call."})
+    implementations: list[str] = field(default_factory=lambda: ["auto"], metadata={"help": "Ours; first is 'ours'."})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
+    threads: int = field(default=1, metadata={"help": "Threads of a product."})
+    seconds: float = field(default=3.0, metadata={"help": "Of measuring each case; three rounds at least."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Of decoding."})
+    new_tokens: int = field(default=64, metadata={"help": "Decoded by each call."})
+    config: Optional[str] = field(
+        default=None, metadata={"help": "JSON of a MoeVlm to decode with; default: the demo's."}
+    )
+    compile: bool = field(default=False, metadata={"help": "Also decode with a static cache and torch.compile."})
+    output_dir: str = field(default="benchmarks", metadata={"help": "Folder of the results."})
+    name: Optional[str] = field(default=None, metadata={"help": "Of the files; default: device, line and threads."})
+
+
+def main():
+    (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
+    logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    kept = keep_freed_memory()
+    plan = list(planned(args))
+    rows = [row for step, row_args in tqdm(plan, desc="measuring") for row in step(args, *row_args)]
+    machine = {**bench.machine(args.device), "keeps_freed_memory": kept}
+    sums = bench.summary(rows, OURS, DENSE)
+    name = args.name or f"experts-{args.device}-{machine['transformers']}-{args.threads}-threads"
+    folder, text = Path(args.output_dir), bench.table(rows, OURS, DENSE)
+    path = bench.write({"machine": machine, "arguments": vars(args), "summary": sums, "rows": rows}, folder, name)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    bench.picture(rows, OURS, DENSE, path.with_suffix(".png"))
+    print(text)
+    for line in sums:
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()})
+    print(f"written: {path}, .md, .png")
+
+
+def planned(args):
+    """(function, its arguments) of each step."""
+    unknown = set(args.what) - {"forward", "training", "memory", "growth", "share", "decoding"}
+    if unknown:
+        raise ValueError(
+            f"--what {sorted(unknown)} is unknown; take any of forward, training, memory, growth, share, decoding"
+        )
+    for dtype in args.dtype:
+        for shape in map(Shape.parse, args.shapes):
+            kinds = [kind for kind in args.what if kind in ("forward", "training", "memory", "share")]
+            if kinds:
+                yield measure_blocks, (dtype, shape, kinds)
+        if "growth" in args.what:
+            for shape in map(Shape.parse, GROWTH):
+                yield measure_blocks, (dtype, shape, ["growth"])
+        if "decoding" in args.what:
+            for compiled in [False, True] if args.compile else [False]:
+                for batch_size in args.batch_sizes:
+                    yield measure_decoding, (dtype, batch_size, compiled)
+
+
+def measure_blocks(args, dtype, shape, kinds):
+    """Rows of one shape: for each number of tokens, the kinds that make sense there."""
+    dtype_name, dtype = dtype, getattr(torch, dtype)
+    compared = blocks(shape, dtype, args.device, tuple(args.implementations))
+    for tokens in [1] if kinds == ["growth"] else args.tokens:
+        inputs = bench.batches(tokens, shape.hidden_size, dtype, args.device)
+        live = {name: block for name, block in compared.items() if tokens < SLOW_FROM.get(name, tokens + 1)}
+        labels = {"dtype": dtype_name, "shape": ",".join(map(str, shape)), "tokens": tokens}
+        for kind in kinds:
+            if kind in ("training", "memory", "share") and tokens < TRAINED_FROM:
+                continue
+            unit, values = measured(args, kind, live, inputs)
+            yield {"kind": kind, **labels, "unit": unit, "values": values}
+
+
+def measured(args, kind, compared, inputs):
+    """(unit, values by name) of one kind of measurement."""
+    if kind == "memory":
+        runs = {name: bench.training_case(block, inputs) for name, block in compared.items()}
+        return "bytes", {name: bench.peak_bytes(run, args.device) for name, run in runs.items()}
+    case = bench.training_case if kind == "training" else bench.forward_case
+    runs = {name: case(block.train(kind == "training"), inputs) for name, block in compared.items()}
+    if kind == "share":
+        runs = {OURS: runs[OURS], "products alone": bench.products_case(compared[OURS], inputs)}
+    return "s", bench.medians(bench.interleaved(runs, args.seconds, args.device))
+
+
+def measure_decoding(args, dtype, batch_size, compiled):
+    """Rows of greedy decoding in tokens a second: the text stack, and a whole MoeVlm."""
+    config = MoeVlmConfig.from_json_file(args.config) if args.config else MoeVlmConfig()
+    made = getattr(torch, dtype)
+    for shape, models in (("text stack", text_stacks(made, args.device)), ("MoeVlm", vlms(config, made, args.device))):
+        if compiled:
+            models = {name: model for name, model in models.items() if "eager" not in name and name != "Qwen3-MoE"}
+        runs = {
+            name: bench.decoding_case(model, batch_size, args.new_tokens, compiled) for name, model in models.items()
+        }
+        times = bench.medians(bench.interleaved(runs, args.seconds, args.device))
+        values = {name: batch_size * args.new_tokens / each for name, each in times.items()}
+        kind = "decoding, compiled" if compiled else "decoding"
+        yield {"kind": kind, "dtype": dtype, "shape": shape, "tokens": batch_size, "unit": "tokens/s", "values": values}
+
+
+if __name__ == "__main__":
+    main()

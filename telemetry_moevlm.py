@@ -1,0 +1,214 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""What watches a training: router numbers, gradient norms, the layer where numbers break, loss-free balancing.
+
+Letters: L sparse layers, E experts.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
+
+from .routing_moevlm import MoeVlmRouter
+from .summary_moevlm import is_router, part_of, sparse_layers
+
+# Sums over a long run's window stay exact in float64, which MPS lacks.
+WIDEST = {"mps": torch.float32}
+
+
+def widest(values: Tensor) -> Tensor:
+    """Values without gradient in the widest floating dtype of their device."""
+    return values.detach().to(WIDEST.get(values.device.type, torch.float64))
+
+
+def in_places(values: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """A tensor for each of the L layers; zeros for the first ones where a batch without pictures has none."""
+    missing = len(sizes) - len(values)
+    return [values[0].new_zeros(size) for size in sizes[:missing]] + values
+
+
+class RouterWindow:
+    """What the routers report over the steps since the last log, on all ranks.
+
+    Args:
+        layers: What `sparse_layers` gives.
+    """
+
+    def __init__(self, layers: dict[str, int]):
+        self.layers = layers
+        self.sums: Tensor | None = None
+        self.peaks: Tensor | None = None
+
+    def add(self, outputs: Mapping[str, Any]) -> None:
+        """Add one micro-batch.
+
+        Args:
+            outputs: `aux_loss` and `z_loss`; of each layer `expert_load` `(E,)`, and in tensors `(L,)`
+                `router_entropy`, `max_router_logit` and `dropped_tokens`.
+        """
+        loads = list(outputs["expert_load"])
+        each = zip(loads, outputs["router_entropy"], outputs["dropped_tokens"], strict=True)
+        rows = [torch.stack([*load, entropy, dropped, load.new_ones(())]) for load, entropy, dropped in each]
+        losses = torch.stack([outputs["aux_loss"], outputs["z_loss"], outputs["aux_loss"].new_ones(())])
+        sums = widest(torch.cat([losses, *in_places(rows, [experts + 3 for experts in self.layers.values()])]))
+        self.sums = sums if self.sums is None else self.sums + sums
+        peaks = outputs["max_router_logit"].detach().float()
+        peaks = nn.functional.pad(peaks, (len(self.layers) - len(loads), 0), value=float("-inf"))  # (L,)
+        self.peaks = peaks if self.peaks is None else torch.maximum(self.peaks, peaks)
+
+    def take(self, accelerator) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Scalars for the log and the load of each layer's experts; the window is empty afterwards.
+
+        Of each layer: entropy of the router in nats, its largest logit, largest share of an expert, experts that nobody
+        visited, share of the visits that were dropped for want of capacity.
+        """
+        if self.sums is None:
+            return {}, {}
+        sums = accelerator.reduce(self.sums, reduction="sum").cpu()
+        peaks = accelerator.gather(self.peaks.unsqueeze(0)).amax(0).cpu()  # (ranks, L) -> (L,)
+        self.sums = self.peaks = None
+        scalars = {"aux_loss": (sums[0] / sums[2]).item(), "z_loss": (sums[1] / sums[2]).item()}
+        loads = {}
+        rows = sums[3:].split([experts + 3 for experts in self.layers.values()])
+        for name, row, peak in zip(self.layers, rows, peaks, strict=True):
+            *shares, entropy, dropped, batches = row.unbind()
+            if batches == 0:
+                continue
+            load = torch.stack(shares) / batches
+            scalars[f"router_entropy_{name}"] = (entropy / batches).item()
+            scalars[f"max_router_logit_{name}"] = peak.item()
+            scalars[f"max_load_{name}"] = load.max().item()
+            scalars[f"dead_experts_{name}"] = float((load == 0).sum())
+            scalars[f"dropped_tokens_{name}"] = (dropped / batches).item()
+            loads[name] = [round(share, 5) for share in load.tolist()]
+        return scalars, loads
+
+
+class LoadBalancer(TrainerCallback):
+    """Loss-free balancing: after each optimizer step, one move of each router's selection bias toward even load.
+
+    The counts are those of the whole global batch: all micro-batches, all ranks. Whole numbers add up the same in any
+    order, so the biases agree bit for bit over ranks. A bias moves while its router learns: a frozen router keeps it.
+
+    Args:
+        model: A MoeVlm, under PEFT or not.
+        rate: Size of one move; 0 switches the callback off.
+
+    Source: Wang et al. 2024 (arXiv:2408.15664), algorithm 1.
+    """
+
+    def __init__(self, model: nn.Module, rate: float):
+        self.rate = rate
+        self.sizes = list(sparse_layers(model.config).values())
+        routers = routers_of(model)
+        moving = [has_bias(router) and router.weight.requires_grad for router in routers]
+        self.routers = [router if moves and rate else None for router, moves in zip(routers, moving, strict=True)]
+        self.counts: Tensor | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether any bias moves."""
+        return any(router is not None for router in self.routers)
+
+    def add(self, outputs: Mapping[str, Any]) -> None:
+        """Add one micro-batch: `expert_counts`, L tensors `(E,)` with the visits of each expert, padding excluded."""
+        if self.active:
+            counts = widest(torch.cat(in_places(list(outputs["expert_counts"]), self.sizes)))
+            self.counts = counts if self.counts is None else self.counts + counts
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.counts is not None:
+            counts = reduce(self.counts, reduction="sum").split(self.sizes)
+            self.counts = None
+            for router, visits in zip(self.routers, counts, strict=True):
+                if router is not None and visits.any():
+                    router.update_bias(visits, self.rate)
+
+
+def has_bias(router: nn.Module) -> bool:
+    """Whether a router has a selection bias."""
+    return router.e_score_correction_bias is not None
+
+
+def routers_of(model: nn.Module) -> list[MoeVlmRouter]:
+    """The routers in use, in the order in which the model reports its sparse layers."""
+    # PEFT keeps the untrained copy of a module that it saves whole.
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeVlmRouter)]
+    return [module for name, module in found if not name.endswith(".original_module")]
+
+
+def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """L2 norm of the gradients of "vision", "connector", "language" and "router", where a part has any.
+
+    Their root of the sum of squares is the norm of all gradients. Sharded gradients count whole.
+    """
+    gradients: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            part = "router" if is_router(name) else part_of(name)
+            gradients.setdefault(part, []).append(parameter.grad)
+    norms = {part: get_total_norm(tensors) for part, tensors in gradients.items()}
+    return {part: norm.full_tensor() if isinstance(norm, DTensor) else norm for part, norm in norms.items()}
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+    """Where a forward pass breaks: the input, or the first layer whose output is not finite, in words; None if nowhere.
+
+    The forward is run once more, with hooks. Inner layers finish before the ones that hold them, so the first found
+    is also the innermost.
+
+    Args:
+        model: As in training; dropout and jitter draw anew.
+        inputs: Of the forward.
+    """
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and not is_finite(value):
+            return f"the input {name} is not finite"
+    found: list[str] = []
+
+    def look(name: str):
+        def hook(module, args, output):
+            # Routers may mark experts that a token may not visit by minus infinity.
+            allowed = float("-inf") if name.endswith(".gate") else None
+            if not found and not all(is_finite(value, allowed) for value in tensors(output)):
+                broken = [short for short, value in module.named_parameters() if not is_finite(value)]
+                why = f"whose own {broken[0]} is not finite" if broken else "whose weights are finite"
+                found.append(f"the first output that is not finite is that of {name} ({type(module).__name__}), {why}")
+
+        return hook
+
+    # A router is one layer: what is inside it has no weights of its own.
+    layers = [(name, module) for name, module in model.named_modules() if name and not is_router(name)]
+    handles = [module.register_forward_hook(look(name)) for name, module in layers]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def is_finite(tensor: Tensor, allowed: float | None = None) -> bool:
+    """Whether every number here is finite, or equals `allowed`; whole numbers always are."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not tensor.is_floating_point():
+        return True
+    finite = torch.isfinite(tensor) if allowed is None else torch.isfinite(tensor) | (tensor == allowed)
+    return bool(finite.all())
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in the nested output of a module."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors(tuple(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from tensors(inner)

@@ -1,0 +1,224 @@
+"""Every parent family, built tiny by transformers itself, upcycled by the command, compared with itself."""
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import run_upcycle
+from moevlm.processing_moevlm import train_tokenizer
+
+TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SQUARE = {**VISION, "image_size": 32, "patch_size": 8}
+SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SIDE = {**VISION, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 5e5}
+
+
+def rope(parameters):
+    """Rotary settings as either line's configs take them."""
+    if hasattr(transformers.LlamaConfig(), "rope_scaling"):
+        return {"rope_scaling": parameters, "rope_theta": parameters["rope_theta"]}
+    return {"rope_parameters": parameters}
+
+
+TEXT_PARENTS = {
+    "llama": lambda: transformers.LlamaConfig(**TEXT),
+    "llama3_rope_tied": lambda: transformers.LlamaConfig(**TEXT, tie_word_embeddings=True, **rope(LLAMA3)),
+    "mistral": lambda: transformers.MistralConfig(**TEXT, sliding_window=100),
+    "qwen2": lambda: transformers.Qwen2Config(**TEXT),
+    "qwen3": lambda: transformers.Qwen3Config(**TEXT, head_dim=16, tie_word_embeddings=True),
+    "mixtral": lambda: transformers.MixtralConfig(**TEXT, num_local_experts=4),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **TEXT, **SPARSE, shared_expert_intermediate_size=32, decoder_sparse_step=2
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**TEXT, **SPARSE, head_dim=8, norm_topk_prob=True),
+    "olmoe": lambda: transformers.OlmoeConfig(**TEXT, num_experts=4, num_experts_per_tok=2),
+}
+VISION_PARENTS = {
+    "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SQUARE)),
+    "siglip_with_text": lambda: transformers.SiglipModel(
+        transformers.SiglipConfig(vision_config=SQUARE, text_config=SIDE)
+    ),
+    "siglip2": lambda: transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(**VISION, patch_size=8, num_patches=16)
+    ),
+    "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SQUARE)),
+    "clip_with_text": lambda: transformers.CLIPModel(transformers.CLIPConfig(vision_config=SQUARE, text_config=SIDE)),
+}
+
+
+def llama_text():
+    return transformers.LlamaConfig(**TEXT)
+
+
+def whole_llava(**fields):
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**SQUARE), text_config=llama_text(), image_token_index=261, **fields
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def whole_shuffled(config_class, model_class):
+    text = llama_text().to_dict()
+    return model_class(
+        config_class(vision_config=SQUARE, text_config=text, scale_factor=2, image_token_id=261, pad_token_id=0)
+    )
+
+
+WHOLE_PARENTS = {
+    "smolvlm": lambda: whole_shuffled(transformers.SmolVLMConfig, transformers.SmolVLMForConditionalGeneration),
+    "idefics3": lambda: whole_shuffled(transformers.Idefics3Config, transformers.Idefics3ForConditionalGeneration),
+    "llava": whole_llava,
+    "llava_first_block": lambda: whole_llava(vision_feature_layer=1),
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(["what do you see? a red circle."], 300)
+
+
+@pytest.fixture
+def parent(tmp_path, tokenizer):
+    """Saves a model, its weights drawn anew, with a tokenizer; gives the folder."""
+
+    def save(name, model, with_tokenizer=True):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.2)
+        model.save_pretrained(tmp_path / name)
+        if with_tokenizer:
+            tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.fixture
+def upcycle(tmp_path, monkeypatch):
+    """Runs the command; gives its report and the new folder."""
+
+    def run(**flags):
+        argv = ["run_upcycle.py", "--output_dir", str(tmp_path / "made")]
+        for name, value in flags.items():
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        monkeypatch.setattr(sys, "argv", argv)
+        run_upcycle.main()
+        return json.loads((tmp_path / "made" / "upcycling.json").read_text()), tmp_path / "made"
+
+    return run
+
+
+def text_parent(parent, name="llama"):
+    return parent(name, AutoModelForCausalLM.from_config(TEXT_PARENTS[name]()))
+
+
+def keys_of(folder):
+    from safetensors import safe_open
+
+    with safe_open(f"{folder}/model.safetensors", "pt") as shard:
+        return set(shard.keys())
+
+
+def check(report, folders):
+    """Each output within float error; each key of each parent once."""
+    for row in report["proof"].values():
+        assert row["relative"] < 1e-5  # a hundredth of a float32's 7 digits lost, at most
+    for role, folder in folders.items():
+        keys = report["keys"][role]
+        listed = [*keys["used"], *keys["merged"], *keys["dropped"]]
+        assert len(listed) == len(set(listed)) == keys["total"]
+        assert set(listed) == keys_of(folder)
+
+
+@pytest.mark.parametrize("name", TEXT_PARENTS)
+def test_a_text_parent_is_kept_and_accounted_for(name, parent, upcycle):
+    text, vision = text_parent(parent, name), parent("siglip", VISION_PARENTS["siglip"](), False)
+    report, _ = upcycle(text=text, vision=vision)
+    assert set(report["proof"]) == {"text", "pictures", "tower"}
+    check(report, {"text": text, "vision": vision})
+
+
+@pytest.mark.parametrize("name", VISION_PARENTS)
+@pytest.mark.parametrize("layer", [-1, -2, 2])
+def test_a_vision_parent_is_kept_at_any_feature_layer(name, layer, parent, upcycle):
+    text, vision = text_parent(parent), parent(name, VISION_PARENTS[name](), False)
+    report, _ = upcycle(text=text, vision=vision, vision_feature_layer=layer, parts=["decoder", "tower", "connector"])
+    check(report, {"text": text, "vision": vision})
+
+
+@pytest.mark.parametrize("name", WHOLE_PARENTS)
+def test_a_whole_parent_is_kept_with_its_connector(name, parent, upcycle):
+    folder = parent(name, WHOLE_PARENTS[name]())
+    report, _ = upcycle(model_name_or_path=folder)
+    assert set(report["proof"]) == {"text", "pictures"}
+    check(report, {"whole": folder})
+    assert not [key for key in report["keys"]["new"] if "connector" in key]
+
+
+def test_a_picture_of_smolvlm_keeps_its_frame_in_the_chat(parent, upcycle):
+    _, made = upcycle(model_name_or_path=parent("smolvlm", WHOLE_PARENTS["smolvlm"]()))
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    text = transformers.AutoProcessor.from_pretrained(made).apply_chat_template(chat)
+    assert "<fake_token_around_image><global-img><image><fake_token_around_image>what?" in text
+
+
+def test_a_model_of_ours_is_a_parent_whole_or_in_part(parent, upcycle, tmp_path):
+    text, vision = text_parent(parent), parent("clip", VISION_PARENTS["clip"](), False)
+    upcycle(text=text, vision=vision, num_experts=0)
+    dense = (tmp_path / "made").rename(tmp_path / "dense")
+    report, made = upcycle(model_name_or_path=dense, parts=["decoder", "tower", "connector"])
+    check(report, {"whole": dense})
+    made.rename(tmp_path / "sparse")
+    report, _ = upcycle(text=tmp_path / "sparse", vision=dense)
+    check(report, {"text": tmp_path / "sparse", "vision": dense})
+    assert "another parent fills this part" in report["keys"]["vision"]["dropped"].values()
+
+
+def test_a_window_of_the_parent_bounds_the_positions(parent, upcycle):
+    report, made = upcycle(
+        text=text_parent(parent, "mistral"), vision=parent("siglip", VISION_PARENTS["siglip"](), False)
+    )
+    assert json.loads((made / "config.json").read_text())["text_config"]["max_position_embeddings"] == 100
+    assert any("100 tokens back" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=300), "known are llama, mistral"),
+        (lambda: transformers.LlamaConfig(**TEXT, mlp_bias=True), "mlp_bias=True"),
+        (lambda: transformers.LlamaConfig(**TEXT, attention_bias=True), "o_proj.bias"),
+        (lambda: transformers.OlmoeConfig(**TEXT, clip_qkv=1.0), "clip_qkv=1.0"),
+    ],
+)
+def test_a_text_parent_that_does_not_fit_is_refused_by_name(config, message, parent, upcycle, tmp_path):
+    text = parent("text", AutoModelForCausalLM.from_config(config()))
+    vision = parent("siglip", VISION_PARENTS["siglip"](), False)
+    with pytest.raises(ValueError, match=message):
+        upcycle(text=text, vision=vision)
+    assert not [path for path in tmp_path.iterdir() if "made" in path.name]
+
+
+def test_an_unknown_vision_family_lists_the_known_ones(parent, upcycle):
+    vit = transformers.ViTModel(transformers.ViTConfig(**SQUARE))
+    with pytest.raises(ValueError, match="known are siglip, siglip2, clip"):
+        upcycle(text=text_parent(parent), vision=parent("vit", vit, False))

