@@ -200,4 +200,4 @@ class MoeVlmSparseBlock(nn.Module):
         return output
 
 
-__all__ = ["IMPLEMENTATIONS", "MoeVlmExperts", "MoeVlmMLP", "MoeVlmSparseBlock"]
+__all__ = ["IMPLEMENTATIONS", "Implementations", "MoeVlmExperts", "MoeVlmMLP", "MoeVlmSparseBlock"]

@@ -292,7 +292,8 @@ def grouped_experts(tokens, experts, weights, gate_up, down, act):
 
 def decode_experts(tokens, experts, weights, gate_up, down, act):
     """One token: a matrix times a vector on views of the chosen experts. Other calls are `grouped_experts`'s."""
-    if len(tokens) != 1 or torch.is_grad_enabled() or tokens.dtype != gate_up.dtype:
+    same_dtype = tokens.dtype == gate_up.dtype == product_dtype(tokens, gate_up)
+    if len(tokens) != 1 or torch.is_grad_enabled() or not same_dtype:
         return grouped_experts(tokens, experts, weights, gate_up, down, act)
     chosen = experts[0].tolist()
     if max(chosen) >= gate_up.shape[0]:

@@ -5,14 +5,18 @@ Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, L la
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from moevlm.base_moevlm import IS_TRANSFORMERS_5
 from moevlm.configuration_moevlm import MoeVlmTextConfig
-from moevlm.experts_moevlm import MoeVlmSparseBlock
+from moevlm.experts_moevlm import Implementations, MoeVlmSparseBlock
+from moevlm.modeling_moevlm import MoeVlmConnector, MoeVlmForConditionalGeneration, MoeVlmTextModel
+from moevlm.vision_moevlm import MoeVlmVisionModel
 
-# The decorator of transformers 5 replaces our loop by its own; 4.57 always runs ours.
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"] if IS_TRANSFORMERS_5 else ["eager"]
+OURS = ["auto", "grouped", "decode", "dense", "eager", "batched_mm"]
+# In float32 the grouped product of PyTorch needs transformers 5, which falls back to a loop.
+IMPLEMENTATIONS = [*OURS, "grouped_mm"] if IS_TRANSFORMERS_5 else OURS
 # Sums of 16 terms, in another order: a few float32 roundings.
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -92,8 +96,9 @@ def test_one_token_equals_the_dumb_loop(implementation):
     torch.testing.assert_close(block(tokens), dumb_block(block, tokens), **FLOAT32)
 
 
-def test_no_token_gives_no_output_and_zero_gradients():
-    block = sparse_block()
+@pytest.mark.parametrize("implementation", ["auto", "grouped", "eager", "dense"])
+def test_no_token_gives_no_output_and_zero_gradients(implementation):
+    block = sparse_block(implementation)
     found = output_and_gradients(block, block, torch.empty(0, 16))
     assert found["output"].shape == (0, 16)
     for name, parameter in block.named_parameters():
@@ -128,8 +133,10 @@ def test_a_batch_of_sequences_is_routed_token_by_token():
     torch.testing.assert_close(block(states).flatten(0, 1), block(states.flatten(0, 1)))
 
 
-def test_visits_to_the_id_num_experts_are_skipped():
-    block = sparse_block()
+@pytest.mark.parametrize("implementation", OURS)
+def test_visits_to_the_id_num_experts_are_skipped(implementation):
+    block = sparse_block(implementation)
+    block.experts._is_expert_parallel = True  # how transformers tells its own that such ids may come
     tokens, weights = torch.randn(3, 16), torch.rand(3, 2)
     experts = torch.tensor([[0, 4], [4, 4], [2, 1]])
     silenced = weights.masked_fill(experts == 4, 0.0)
@@ -146,8 +153,9 @@ def test_the_shared_expert_is_added_for_every_token():
     torch.testing.assert_close(together, block(tokens) + shared(tokens))
 
 
-def test_the_router_is_float32_under_autocast():
-    block = sparse_block()
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+def test_the_router_is_float32_under_autocast(implementation):
+    block = sparse_block(implementation)
     tokens = torch.randn(20, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = block.gate(tokens).logits
@@ -155,3 +163,77 @@ def test_the_router_is_float32_under_autocast():
     assert torch.equal(logits, block.gate(tokens).logits)
     # Only the experts' products are bf16: one wrong choice of expert would be an error of the outputs' own size.
     torch.testing.assert_close(output.float(), block(tokens), rtol=0.05, atol=0.15)
+
+
+# The choice of an implementation
+
+
+def implementations_of(model):
+    return {type(each.config).__name__: each.config.experts_implementation for each in model.modules() if is_part(each)}
+
+
+def is_part(module):
+    return isinstance(module, (MoeVlmVisionModel, MoeVlmTextModel, MoeVlmConnector))
+
+
+def test_a_model_chooses_by_itself_unless_told(tiny):
+    assert set(implementations_of(tiny).values()) <= {None, "auto"}
+
+
+def test_loading_takes_a_choice_that_is_never_stored(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "one")
+    loaded = MoeVlmForConditionalGeneration.from_pretrained(tmp_path / "one", experts_implementation="dense")
+    assert set(implementations_of(loaded).values()) == {"dense"}
+    loaded.save_pretrained(tmp_path / "two")
+    assert "experts_implementation" not in (tmp_path / "two" / "config.json").read_text()
+    again = MoeVlmForConditionalGeneration.from_pretrained(tmp_path / "two")
+    assert set(implementations_of(again).values()) <= {None, "auto"}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_choice_can_be_changed_and_changes_no_number(tiny, batch, name):
+    expected = tiny(**batch).logits
+    tiny.set_experts_implementation(name)
+    assert set(implementations_of(tiny).values()) == {name}
+    torch.testing.assert_close(tiny(**batch).logits, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_each_part_can_have_its_own_choice(tiny):
+    tiny.set_experts_implementation({"text_config": "grouped", "vision_config": "eager"})
+    found = implementations_of(tiny)
+    assert (found["MoeVlmTextConfig"], found["MoeVlmVisionConfig"]) == ("grouped", "eager")
+    assert found["MoeVlmConnectorConfig"] in (None, "auto")
+
+
+def test_the_choice_decides_what_runs(tiny, batch, monkeypatch):
+    calls = []
+    run = Implementations.ours["dense"]
+    monkeypatch.setitem(Implementations.ours, "dense", lambda *inputs: calls.append(1) or run(*inputs))
+    tiny.set_experts_implementation({"text_config": "dense"})
+    tiny(**batch)
+    assert len(calls) == tiny.config.text_config.mlp_layer_types.count("sparse")
+
+
+def test_an_unknown_choice_is_refused_with_the_known_ones(tiny, config):
+    with pytest.raises(ValueError, match="experts_implementation=.*fastest.*"):
+        tiny.set_experts_implementation("fastest")
+    config.experts_implementation = "fastest"
+    with pytest.raises(ValueError, match="grouped"):
+        MoeVlmForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "dense"])
+def test_adapters_on_the_stacked_experts_learn_as_with_eager(implementation):
+    grads = {}
+    for name in ("eager", implementation):
+        torch.manual_seed(0)
+        wrapped = torch.nn.ModuleDict({"block": sparse_block(name)})
+        lora = LoraConfig(r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"], lora_dropout=0.0)
+        adapted = get_peft_model(wrapped, lora)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        adapted.base_model.model["block"](torch.randn(9, 16)).square().sum().backward()
+        grads[name] = {key: each.grad for key, each in adapted.named_parameters() if each.requires_grad}
+    assert grads["eager"] and all(each.any() for each in grads["eager"].values())
+    assert_same(grads[implementation], grads["eager"], rtol=1e-3, atol=1e-4)

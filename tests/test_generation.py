@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import IMAGE_TOKEN
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # another order of sums: float32 roundings of logits of size 1 to 10
 
@@ -143,3 +143,69 @@ def test_the_tower_runs_once_a_generation(model):
     model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     generated(model, input_ids=row(12, 3), pixel_values=torch.randn(1, 3, 32, 32))
     assert len(calls) == 1
+
+
+# Captured graphs
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_decoding_with_a_static_cache_is_one_graph_and_changes_nothing(model):
+    torch.compiler.reset()
+    ids = row(9)
+    compiled = torch.compile(lambda **inputs: model(**inputs).logits, fullgraph=True, backend="aot_eager")
+    cache, steps = new_cache("static", model), []
+    for chunk in torch.arange(9).split([6, 1, 1, 1]):
+        inputs = {"cache_position": chunk, "position_ids": chunk.unsqueeze(0), "use_cache": True}
+        steps.append(compiled(input_ids=ids[:, chunk], past_key_values=cache, **inputs))
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(input_ids=ids).logits, **CLOSE)
+
+
+@pytest.mark.slow
+def test_generation_compiled_by_the_library_gives_the_same_tokens(model):
+    torch.compiler.reset()
+    ids, pixels = row(12, 3), torch.randn(1, 3, 32, 32)
+    expected = generated(model, input_ids=ids, pixel_values=pixels)
+    config = CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True
+    inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+    found = generated(model, **inputs, cache_implementation="static", compile_config=config)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+def test_a_training_step_compiles_to_one_graph_with_the_same_gradients(model, batch):
+    torch.compiler.reset()
+    model.train()
+    batch.pop("pixel_values")
+    batch["input_ids"] = torch.randint(6, 64, batch["input_ids"].shape)
+    expected = torch.autograd.grad(model(**batch).loss, list(model.language_model.parameters()))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(**batch).loss, list(model.language_model.parameters()))
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+class Logits(torch.nn.Module):
+    """The forward that is exported: ids and pictures in, logits out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, pixel_values):
+        return self.model(input_ids=input_ids, pixel_values=pixel_values, use_cache=False).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_forward_exports_for_any_length(model, dtype):
+    forward, pixels = Logits(model.to(dtype)), torch.randn(1, 3, 32, 32, dtype=dtype)
+    length = {1: torch.export.Dim("length", min=6, max=64)}
+    shapes = {"input_ids": length, "pixel_values": None}
+    exported = torch.export.export(forward, (row(9, 2), pixels), strict=False, dynamic_shapes=shapes)
+    for ids in (row(9, 2), row(23, 11)):
+        # bf16: a different order of sums, 2^-8 each, on logits of size 1 to 10.
+        close = CLOSE if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.2}
+        torch.testing.assert_close(exported.module()(ids, pixels), forward(ids, pixels), **close)
