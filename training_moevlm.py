@@ -12,7 +12,7 @@ from datasets import Dataset
 from pyarrow import compute
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .summary_moevlm import PARTS as TOWERS
 from .summary_moevlm import is_router, part_of, sparse_layers
@@ -261,6 +261,15 @@ class QuietProgress(ProgressCallback):
             self.shown = {**getattr(self, "shown", {}), **shown}
 
 
+class LastStepCounts(TrainerCallback):
+    """Evaluates and saves at the last step too, though no multiple of `eval_steps`: else an older best would win."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+            control.should_save = args.save_strategy != "no"
+
+
 class MoeVlmTrainer(Trainer):
     """A Trainer that scores generated answers, balances and logs the routers, and stops before it saves broken numbers.
 
@@ -276,6 +285,7 @@ class MoeVlmTrainer(Trainer):
         self.gradient_norms: dict[str, Tensor] = {}
         self.balancer = LoadBalancer(self.model, self.args.router_bias_update_rate)
         self.add_callback(self.balancer)
+        self.add_callback(LastStepCounts)
         # Frozen batch norms must not go on averaging: their statistics are weights too.
         self.frozen_norms = [
             module

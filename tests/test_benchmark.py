@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
-import run_benchmark
 import torch
 
+import run_benchmark
 from moevlm import benchmarking_moevlm as bench
 from moevlm.base_moevlm import IS_TRANSFORMERS_5
 from moevlm.peers_moevlm import DENSE, OURS, STACK, Shape, blocks, first_tensor, text_stacks
@@ -58,7 +58,7 @@ def test_the_peak_counts_what_is_held_at_once():
         third = second + 1
         return second, third
 
-    assert bench.peak_bytes(run) == 2 * 2**18 * 4
+    assert bench.peak_bytes(run) == pytest.approx(2 * 2**18 * 4, rel=1e-3)  # the scalars come on top
 
 
 def test_every_case_runs_once_a_round_and_once_before():

@@ -397,6 +397,17 @@ def test_the_generated_answers_score_decides_which_checkpoint_is_best(tmp_path, 
     assert all(torch.equal(value, seen[1][name]) for name, value in trainer.model.state_dict().items())
 
 
+def test_the_last_step_is_evaluated_and_saved_though_it_is_no_multiple(tmp_path, processor, rows):
+    scores = iter([10.0, 20.0, 30.0])
+    args = arguments(
+        tmp_path, max_steps=5, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = trainer_of(small_model(), rows, processor, args, score_fn=lambda model: {"eval_score": next(scores)})
+    trainer.train()
+    assert trainer.state.best_metric == 30.0 and trainer.state.best_global_step == 5
+
+
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path, processor, rows):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
