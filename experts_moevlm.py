@@ -64,9 +64,13 @@ def automatic_experts(tokens, experts, weights, gate_up, down, act):
 
 def automatic(experts, hidden_states, top_k_index, top_k_weights):
     """[`automatic_experts`], and what torch.compile shall see."""
-    grouped_mm = hidden_states.is_cuda and fits_grouped_mm(hidden_states, experts.gate_up_proj)
-    hide = not grouped_mm and not torch.compiler.is_exporting()
-    return on_parameters(automatic_experts, hide)(experts, hidden_states, top_k_index, top_k_weights)
+    shown = torch.compiler.is_exporting()
+    if hidden_states.is_cuda:
+        shown = shown or fits_grouped_mm(hidden_states, experts.gate_up_proj)
+    return (SHOWN if shown else HIDDEN)(experts, hidden_states, top_k_index, top_k_weights)
+
+
+SHOWN, HIDDEN = on_parameters(automatic_experts), on_parameters(automatic_experts, hide=True)
 
 
 class Implementations(ExpertsInterface):

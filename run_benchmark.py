@@ -101,7 +101,8 @@ def measure_blocks(args, dtype, shape, kinds):
     compared = blocks(shape, dtype, args.device, tuple(args.implementations))
     for tokens in [1] if kinds == ["growth"] else args.tokens:
         inputs = bench.batches(tokens, shape.hidden_size, dtype, args.device)
-        live = {name: block for name, block in compared.items() if tokens < SLOW_FROM.get(name, tokens + 1)}
+        slow = SLOW_FROM if kinds != ["growth"] else dict.fromkeys(SLOW_FROM, 0)  # they would empty the caches too
+        live = {name: block for name, block in compared.items() if tokens < slow.get(name, tokens + 1)}
         labels = {"dtype": dtype_name, "shape": ",".join(map(str, shape)), "tokens": tokens}
         for kind in kinds:
             if kind in ("training", "memory", "share") and tokens < TRAINED_FROM:
