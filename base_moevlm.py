@@ -35,6 +35,7 @@ IS_TRANSFORMERS_5 = hasattr(PreTrainedModel, "_can_set_experts_implementation")
 
 # What a checkpoint needs to be loaded elsewhere with trust_remote_code=True.
 SHIPPED = (
+    "sparsity",
     "configuration",
     "summary",
     "base",

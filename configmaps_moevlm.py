@@ -24,7 +24,7 @@ def text_fields(config: PretrainedConfig, notes: list[str]) -> dict[str, Any]:
     """
     family = config.model_type
     if family == "moevlm_text":
-        return own_fields(config)
+        return config.own_fields()
     if family not in TEXT_FAMILIES:
         raise ValueError(f"model_type={family!r} is no known text parent; known are {', '.join(TEXT_FAMILIES)}")
     for name, wanted in TEXT_DEMANDS.items():
@@ -102,12 +102,6 @@ def rope_of(config: PretrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if name != "partial_rotary_factor"}
 
 
-def own_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """All fields of a config of ours, as a dict that its class takes."""
-    left_out = {"model_type", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"}
-    return {name: value for name, value in config.to_dict().items() if name not in left_out and name[0] != "_"}
-
-
 def vision_fields(config: PretrainedConfig, feature_layer: int = -1) -> dict[str, Any]:
     """Fields of `MoeVlmVisionConfig` that rebuild the tower of `config`.
 
@@ -120,7 +114,7 @@ def vision_fields(config: PretrainedConfig, feature_layer: int = -1) -> dict[str
     """
     family = config.model_type.removesuffix("_vision_model").removesuffix("_vision")
     if family == "moevlm":
-        return own_fields(config)
+        return config.own_fields()
     if family not in (*VISION_FAMILIES, "idefics3", "smolvlm"):
         raise ValueError(
             f"model_type={config.model_type!r} is no known vision parent; known are {', '.join(VISION_FAMILIES)}"
@@ -157,7 +151,7 @@ def connector_fields(config: PretrainedConfig) -> dict[str, Any]:
     """
     family = config.model_type
     if family == "moevlm":
-        return own_fields(config.connector_config)
+        return config.connector_config.own_fields()
     if family in ("smolvlm", "idefics3"):
         return {"projector": "linear", "projector_bias": False, "pixel_shuffle_factor": config.scale_factor}
     if family != "llava":

@@ -92,15 +92,6 @@ def count_use(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> tupl
     return use, loss / max(1, labels)
 
 
-def fields_of(config: MoeVlmConfig) -> dict[str, dict[str, Any]]:
-    """The fields of each part's config, as dicts that `MoeVlmConfig` takes."""
-    left_out = {"model_type", "transformers_version", "architectures", "dtype", "torch_dtype"}
-    return {
-        name: {key: value for key, value in getattr(config, name).to_dict().items() if key not in left_out}
-        for name in config.sub_configs
-    }
-
-
 def blocks_of(config: MoeVlmConfig) -> dict[str, Any]:
     """The sparse layers of decoder and tower: name of the block, and its part's config."""
     parts = ((DECODER, config.text_config), (TOWER, config.vision_config))
@@ -163,7 +154,7 @@ def fewer_experts(
             state[key] = mixed(shares, state[key])
         for key in [key for key in state if key.startswith(f"{block}gate.")]:
             state[key] = state[key][kept].clone()
-    fields = fields_of(config)
+    fields = config.part_fields()
     top_k = min(text.num_experts_per_tok, experts)
     fields["text_config"] |= {"num_experts": experts, "num_experts_per_tok": top_k}
     return state, MoeVlmConfig(**fields, image_token_id=config.image_token_id)
@@ -191,7 +182,7 @@ def collapsed(
     Raises:
         ValueError: Experts that do not fill the dense layer, or a gated shared expert.
     """
-    state, fields = dict(state), fields_of(config)
+    state, fields = dict(state), config.part_fields()
     for block, part in blocks_of(config).items():
         layer = dense_layer(state, block, part, use[block])
         state = {key: tensor for key, tensor in state.items() if not key.startswith(block)} | layer

@@ -155,12 +155,16 @@ class MoeVlmSparseBlock(nn.Module):
 
     The shared expert follows DeepSeekMoE (arXiv:2401.06066, eq. 9): its output is added to the routed sum, or mixed
     with it as `shared_expert_mix` says.
+
+    Args:
+        config: A part's.
+        experts_class: What the routed experts are made of.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, experts_class=MoeVlmExperts):
         super().__init__()
         self.gate = MoeVlmRouter(config)
-        self.experts = MoeVlmExperts(config)
+        self.experts = experts_class(config)
         # How transformers 5 tells its expert kernels that the id `num_experts` occurs.
         self.skips_visits = config.router_top_p is not None or config.expert_capacity_factor is not None
         self.experts._is_expert_parallel = self.skips_visits

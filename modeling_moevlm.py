@@ -26,6 +26,7 @@ from .graphs_moevlm import opaque_experts  # noqa: F401 (transformers 4.57 copie
 from .kernels_moevlm import grouped_experts  # noqa: F401
 from .router_losses_moevlm import router_losses
 from .routing_moevlm import MoeVlmRouter
+from .sparsity_moevlm import SparseConfig  # noqa: F401
 from .summary_moevlm import MoeSummary
 from .vision_moevlm import MoeVlmVisionModel, eager_attention_forward
 
@@ -230,10 +231,8 @@ class MoeVlmDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = MoeVlmAttention(config, layer_idx)
         self.post_attention_layernorm = MoeVlmRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.sparse = config.mlp_layer_types[layer_idx] == "sparse"
-        if self.sparse:
-            self.mlp = MoeVlmSparseBlock(config)
-        else:
-            self.mlp = MoeVlmMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        dense = config.hidden_size, config.intermediate_size, config.hidden_act
+        self.mlp = MoeVlmSparseBlock(config) if self.sparse else MoeVlmMLP(*dense)
 
     def forward(
         self,
@@ -653,9 +652,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, kept, V)
         losses = router_losses(self.config, outputs, attention_mask)
-        loss = None
-        if labels is not None:
-            loss = self.total_loss(logits, labels, losses, num_items_in_batch, **kwargs)
+        loss = None if labels is None else self.total_loss(logits, labels, losses, num_items_in_batch, **kwargs)
         return MoeVlmOutput(
             loss=loss,
             logits=logits,

@@ -16,9 +16,8 @@ from torch import nn
 
 from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmForConditionalGeneration
-from .summary_moevlm import MoeSummary, part_of
+from .summary_moevlm import PARTS, MoeSummary, part_of
 
-PARTS = ("vision", "connector", "language")
 # Bytes a parameter: float32 weights; gradient and the two moments of Adam where it learns.
 WEIGHT, LEARNING = 4, 4 + 8
 # What autocast and the gathered shards of a layer work in.

@@ -363,8 +363,7 @@ def store(generate: Callable[[Rows], Iterable[Unit]], place: str, version: Any, 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "moevlm"
     while (report := folder / f"{stamp}.json").exists():
         pictures = _load(report)["pictures"]
-        changed = {path: now for path, seen in pictures.items() if (now := mark(Path(path))) != seen}
-        if not changed:
+        if not (changed := {path: now for path, seen in pictures.items() if (now := mark(Path(path))) != seen}):
             break
         stamp = _digest(stamp, changed)
     arguments = {"generate": generate, "place": place, "skip": skip, "report": report}
@@ -375,8 +374,7 @@ def store(generate: Callable[[Rows], Iterable[Unit]], place: str, version: Any, 
         if isinstance(error.__cause__, ValueError | OSError):
             raise error.__cause__ from None
         raise
-    skipped = _load(report)["skipped"]
-    if skipped:
+    if skipped := _load(report)["skipped"]:
         logger.warning("%s: left out %d bad rows:\n  %s", place, len(skipped), "\n  ".join(skipped[:10]))
     return dataset
 

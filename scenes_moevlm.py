@@ -317,8 +317,7 @@ def questions(scene: Scene) -> tuple[Question, ...]:
     asked = []
     for answer_type, families in _FAMILIES.items():
         for question_type in rng.sample(list(families), len(families)):
-            options = list(families[question_type](scene))
-            if options:
+            if options := list(families[question_type](scene)):
                 answer, question = _balanced(options, rng)
                 others = [SYNONYMS[answer]] * rng.randint(0, 2) if answer in SYNONYMS else []
                 answers = ([answer] * 10 + others)[-10:]
@@ -352,8 +351,7 @@ def dialogue(scene: Scene) -> tuple[Turn, ...]:
         sources = [follow_ups, _openers(scene)]
         if len(turns) > 1 and rng.random() < NEW_TOPIC:
             sources.reverse()
-        fresh = ([step for step in source if step.turn.question not in asked] for source in sources)
-        fresh = next(filter(None, fresh))
+        fresh = next(filter(None, ([step for step in source if step.turn.question not in asked] for source in sources)))
         _, turn, focus, known = _balanced(fresh, rng)
         asked.add(turn.question)
         turns.append(turn._replace(question="and " * (turn.refers_back and rng.randint(0, 1)) + turn.question))

@@ -1,7 +1,6 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """What a model is asked: the flags of a scoring run, tasks as YAML files, worked examples before the question."""
 
-import difflib
 import random
 import zlib
 from collections import Counter, defaultdict
@@ -12,6 +11,8 @@ from typing import Any, Literal, NamedTuple, Optional
 
 import numpy as np
 import yaml
+
+from .records_moevlm import check_known
 
 FOLDER = Path(__file__).resolve().parent
 READS = ("caption", "vqa", "chat")
@@ -100,17 +101,13 @@ def _task(path: Path) -> Task:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds {values!r}; give it the keys {', '.join(keys)}")
     for key, value in values.items():
-        if key not in keys:
-            close = difflib.get_close_matches(str(key), keys, 1)
-            guess = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"{path}: unknown {key!r}{guess}; known: {', '.join(keys)}")
+        check_known(str(path), key, keys)
         if not isinstance(value, keys[key]) or isinstance(value, bool):
             raise ValueError(f"{path}: {key} is {value!r}; it must be {keys[key].__name__}")
     if missing := set(keys) - set(Task._field_defaults) - set(values):
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; add it")
     for key, choices in (("reads", READS), ("metric", METRICS)):
-        if values[key] not in choices:
-            raise ValueError(f"{path}: {key} is {values[key]!r}; use one of {', '.join(choices)}")
+        check_known(f"{path}: {key}", values[key], choices)
     if values["max_new_tokens"] < 1:
         raise ValueError(f"{path}: max_new_tokens is {values['max_new_tokens']}; give at least 1")
     return Task(name=path.stem, **values)

@@ -261,13 +261,12 @@ class QuietProgress(ProgressCallback):
             self.shown = {**getattr(self, "shown", {}), **shown}
 
 
-class LastStepCounts(TrainerCallback):
-    """Evaluates and saves at the last step too, though no multiple of `eval_steps`: else an older best would win."""
+class EvaluateLastStep(TrainerCallback):
+    """Evaluates at the last step too, though no multiple of `eval_steps`: else an older best would win unopposed."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
             control.should_evaluate = True
-            control.should_save = args.save_strategy != "no"
 
 
 class MoeVlmTrainer(Trainer):
@@ -285,7 +284,7 @@ class MoeVlmTrainer(Trainer):
         self.gradient_norms: dict[str, Tensor] = {}
         self.balancer = LoadBalancer(self.model, self.args.router_bias_update_rate)
         self.add_callback(self.balancer)
-        self.add_callback(LastStepCounts)
+        self.add_callback(EvaluateLastStep)
         # Frozen batch norms must not go on averaging: their statistics are weights too.
         self.frozen_norms = [
             module

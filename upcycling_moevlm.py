@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor, nn
 
-from .configuration_moevlm import MoeVlmConfig, layer_types_from
+from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmConnector, MoeVlmForConditionalGeneration, MoeVlmVisionModel
+from .sparsity_moevlm import layer_types_from
 
 MODES = ("copy", "noise", "drop", "fine_grained")
 # Those whose model gives the parent's logits before any training.
@@ -112,7 +113,7 @@ def sparse_config(dense: MoeVlmConfig, recipe: Recipe) -> tuple[MoeVlmConfig, li
     Raises:
         ValueError: Numbers that do not go together; each names its field.
     """
-    parts, notes = {name: dense_fields(getattr(dense, name)) for name in dense.sub_configs}, []
+    parts, notes = dense.part_fields(), []
     text, vision = parts["text_config"], parts["vision_config"]
     if "sparse" in text["mlp_layer_types"]:
         adopted = {name: text[name] for name in ("num_experts", "num_experts_per_tok")}
@@ -133,12 +134,6 @@ def sparse_config(dense: MoeVlmConfig, recipe: Recipe) -> tuple[MoeVlmConfig, li
         width = dense.text_config.hidden_size
         parts["connector_config"] |= experts_of(replace(recipe, mode="copy", n_shared_experts=0), width, 0)
     return MoeVlmConfig(**parts, image_token_id=dense.image_token_id), notes
-
-
-def dense_fields(config) -> dict[str, Any]:
-    """All fields of a part's config, as a dict that its class takes."""
-    left_out = {"model_type", "transformers_version", "architectures", "dtype", "torch_dtype"}
-    return {name: value for name, value in config.to_dict().items() if name not in left_out and name[0] != "_"}
 
 
 def experts_of(recipe: Recipe, width: int, shared: int) -> dict[str, Any]:

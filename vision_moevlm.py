@@ -19,7 +19,8 @@ from transformers.utils import ModelOutput
 
 from .base_moevlm import ROUTER_RECORDERS, MoeVlmPreTrainedModel, init, recorded
 from .configuration_moevlm import MoeVlmVisionConfig
-from .experts_moevlm import MoeVlmSparseBlock
+from .experts_moevlm import MoeVlmExperts, MoeVlmSparseBlock
+from .kernels_moevlm import sort_visits
 
 
 def repeat_kv(states, groups):
@@ -193,28 +194,16 @@ class MoeVlmVisionExperts(nn.Module):
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """As [`MoeVlmExperts.forward`]: tokens `(N, D)`, experts and weights `(N, K)` -> `(N, D)`."""
-        top_k, visits = top_k_index.shape[-1], top_k_index.flatten()  # (N*K,)
-        order = visits.argsort(stable=True)
-        counts = torch.bincount(visits, minlength=self.num_experts + 1)[: self.num_experts].tolist()
-        order = order[: sum(counts)]  # the id num_experts marks a visit to skip
-        rows = hidden_states[order // top_k].split(counts)
+        visits = sort_visits(top_k_index, self.num_experts)
+        rows = hidden_states[visits.tokens].split(visits.counts)
         weights = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
         outputs = [  # unbind, not weight[e]: each index would build a zero gradient of all E experts
             F.linear(self.act_fn(F.linear(tokens, up, up_bias)), down, down_bias)
             for tokens, up, up_bias, down, down_bias in zip(rows, *(weight.unbind(0) for weight in weights))
         ]
-        weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(-1)  # (visits, D)
+        weighted = torch.cat(outputs) * top_k_weights.flatten()[visits.order].unsqueeze(-1)  # (visits, D)
         summed = torch.zeros_like(hidden_states, dtype=weighted.dtype)
-        return summed.index_add(0, order // top_k, weighted).to(hidden_states.dtype)
-
-
-class MoeVlmVisionSparseBlock(MoeVlmSparseBlock):
-    """A sparse block of the tower; `expert_form` says what its experts are made of."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        if config.expert_form == "mlp":
-            self.experts = MoeVlmVisionExperts(config)
+        return summed.index_add(0, visits.tokens, weighted).to(hidden_states.dtype)
 
 
 class MoeVlmVisionLayer(GradientCheckpointingLayer):
@@ -226,7 +215,8 @@ class MoeVlmVisionLayer(GradientCheckpointingLayer):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = MoeVlmVisionAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MoeVlmVisionSparseBlock(config) if self.sparse else MoeVlmVisionMLP(config)
+        experts_class = MoeVlmVisionExperts if config.expert_form == "mlp" else MoeVlmExperts
+        self.mlp = MoeVlmSparseBlock(config, experts_class) if self.sparse else MoeVlmVisionMLP(config)
 
     def forward(self, hidden_states, num_experts_per_tok=None, **kwargs):
         """`(I, P, D)` -> `(I, P, D)`."""

@@ -6,13 +6,12 @@ import pytest
 
 from moevlm.configuration_moevlm import (
     AUTO_MAP,
-    MOE_LAYER_RULES,
     MoeVlmConfig,
     MoeVlmConnectorConfig,
     MoeVlmTextConfig,
     MoeVlmVisionConfig,
-    layer_types_from,
 )
+from moevlm.sparsity_moevlm import MOE_LAYER_RULES, layer_types_from
 
 
 def sparse_layers(moe_layers, num_hidden_layers):

@@ -14,8 +14,9 @@ import yaml
 from PIL import Image
 
 from moevlm import records_moevlm, scenes_moevlm
-from moevlm.data_moevlm import EasyVqa, load_mixture, mixture_parts
+from moevlm.data_moevlm import load_mixture, mixture_parts
 from moevlm.records_moevlm import Rows
+from moevlm.sources_moevlm import EasyVqa
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "data"
 

@@ -5,8 +5,8 @@ Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, L la
 
 import pytest
 import torch
+from dumb_experts import output_and_gradients, swiglu
 from peft import LoraConfig, get_peft_model
-from torch.nn import functional as F
 
 from moevlm.base_moevlm import IS_TRANSFORMERS_5
 from moevlm.configuration_moevlm import MoeVlmTextConfig
@@ -31,10 +31,6 @@ def sparse_block(implementation="eager", dtype=torch.float32, **fields):
     return block.to(dtype)
 
 
-def swiglu(token, gate, up, down):
-    return down @ (F.silu(gate @ token) * (up @ token))
-
-
 def dumb_block(block, tokens):
     """Each token alone, each expert alone, as the formula reads; `(N, D)` -> `(N, D)`."""
     outputs, selection = [], block.gate.selection
@@ -52,17 +48,6 @@ def dumb_block(block, tokens):
             output = output + swiglu(token, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
         outputs.append(output)
     return torch.stack(outputs)
-
-
-def output_and_gradients(block, forward, tokens):
-    """The output, then the gradients of the tokens and of every parameter, named."""
-    block.zero_grad()
-    tokens = tokens.clone().requires_grad_()
-    output = forward(tokens)
-    weights = torch.linspace(-1, 1, output.numel()).view_as(output)  # no symmetric sum that hides a swap
-    (output.float() * weights).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in block.named_parameters()}
-    return {"output": output, "tokens": tokens.grad, **gradients}
 
 
 def assert_same(found, expected, **tolerance):

@@ -13,7 +13,8 @@ from moevlm.configuration_moevlm import AUTO_MAP
 ROOT = Path(__file__).resolve().parent.parent
 # Room: the rooms it may import. Workshop files import shipped ones at most, data what its sources are made of.
 SHIPPED_MAY_IMPORT = {
-    "configuration": set(),
+    "sparsity": set(),
+    "configuration": {"sparsity"},
     "routing": set(),
     "router_losses": {"routing"},
     "kernels": set(),
@@ -21,7 +22,7 @@ SHIPPED_MAY_IMPORT = {
     "experts": {"graphs", "kernels", "routing"},
     "summary": set(),
     "base": {"experts", "routing", "summary", "configuration"},
-    "vision": {"base", "experts", "configuration"},
+    "vision": {"base", "experts", "kernels", "configuration"},
     "modeling": {
         "vision",
         "base",
@@ -30,13 +31,16 @@ SHIPPED_MAY_IMPORT = {
         "kernels",
         "routing",
         "router_losses",
+        "sparsity",
         "summary",
         "configuration",
     },
     "processing": {"configuration"},
 }
-# The Trainer's guard rails are a file of their own, and stand in every Trainer, whoever builds it.
-WORKSHOP_EXCEPTIONS = {"data": {"scenes", "records"}, "training": {"telemetry"}}
+# The Trainer's guard rails are a file of their own, and stand in every Trainer, whoever builds it. Keys of YAML files
+# are checked by one function.
+WORKSHOP_EXCEPTIONS = {"data": {"scenes", "records", "sources"}, "sources": {"scenes", "records"}}
+WORKSHOP_EXCEPTIONS |= {"training": {"telemetry"}, "tasks": {"records"}}
 # Besides the standard library: what each user of a transformers model with pictures has installed.
 PACKAGES = {"torch", "transformers", "numpy", "PIL", "tokenizers"}
 

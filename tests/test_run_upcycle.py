@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tiny_parents import SQUARE, TEXT
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, HfArgumentParser
 
 import run_upcycle
@@ -22,17 +23,6 @@ from moevlm.recipes_moevlm import read_recipe
 from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-VISION |= {"image_size": 32, "patch_size": 8}
 PLAIN_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 STRANGER = """
 import sys
@@ -64,7 +54,7 @@ def parents(tmp_path_factory):
     tokenizer = train_tokenizer(["what do you see? a red circle."], 300)
     tokenizer.chat_template = PLAIN_TEMPLATE
     tokenizer.save_pretrained(folder / "text")
-    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)).save_pretrained(folder / "vision")
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SQUARE)).save_pretrained(folder / "vision")
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3, "do_center_crop": True}
     (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder

@@ -52,8 +52,8 @@ def test_only_the_last_turn_of_a_dialogue_is_put_in_the_words_of_the_task(tmp_pa
     ("changes", "complaint"),
     [
         ({"promt": "x"}, "unknown 'promt' .did you mean 'prompt'"),
-        ({"reads": "ocr"}, "reads is 'ocr'; use one of caption, vqa, chat"),
-        ({"metric": "bleu"}, "metric is 'bleu'; use one of CIDEr, vqa_accuracy, turn_accuracy"),
+        ({"reads": "ocr"}, "reads: unknown 'ocr'; known: caption, vqa, chat"),
+        ({"metric": "bleu"}, "metric: unknown 'bleu'; known: CIDEr, vqa_accuracy, turn_accuracy"),
         ({"max_new_tokens": "8"}, "max_new_tokens is '8'; it must be int"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; give at least 1"),
         ({"metric": None, "reads": None}, "lacks metric, reads"),
