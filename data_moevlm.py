@@ -16,6 +16,7 @@ import datasets
 import yaml
 from datasets import Dataset, IterableDataset
 
+from . import dialogues_moevlm as dialogues
 from . import records_moevlm as records
 from . import scenes_moevlm as drawn
 from . import sources_moevlm as sources
@@ -74,7 +75,7 @@ def load_mixture(
 
 
 def _stored(entry: Entry, *, grouped: bool, skip: bool) -> Dataset:
-    code = [Path(file).read_text() for file in (sources.__file__, drawn.__file__)]
+    code = [Path(file).read_text() for file in (sources.__file__, drawn.__file__, dialogues.__file__)]
     asked = {one.name: getattr(entry, one.name) for one in fields(entry) if one.name not in NOT_STORED}
     version = (code, type(entry).__name__, asked, entry.versions(), grouped)
     return records.store(partial(entry.chosen_units, grouped=grouped), entry.place, version, skip=skip)

@@ -41,7 +41,6 @@ SYNONYMS = {
     "larger": "bigger", "fewer": "less", "same": "equal", "equal": "same", "yes": "yeah", "no": "nope",
     "0": "none", "1": "one", "2": "two", "3": "three", "4": "four", "5": "five",
 }  # fmt: skip
-NEW_TOPIC = 0.15  # how often a dialogue leaves what it talks about, from its third turn on
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 # Likelier answers get less weight, so that each question text has no likely answer.
 ANSWER_WEIGHTS = {"2": 2.0, "3": 6.0, "4": 20.0, "5": 40.0, "same": 0.4, "equal": 6.0}
@@ -67,14 +66,6 @@ class Question(NamedTuple):
     answers: tuple[str, ...]
     question_type: str
     answer_type: str
-
-
-class Turn(NamedTuple):
-    """A turn of a dialogue; `refers_back`: the question cannot be understood without an earlier turn."""
-
-    question: str
-    answer: str
-    refers_back: bool
 
 
 class Scene(NamedTuple):
@@ -171,7 +162,7 @@ def captions(scene: Scene) -> tuple[str, ...]:
     """Give five differently worded captions; all name the shapes from left to right."""
     names = [f"a {shape.size} {shape.color} {shape.kind}" for shape in scene.shapes]
     listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-    count = f"{NUMBERS[len(names)]} {_plural('shape', len(names))}"
+    count = f"{NUMBERS[len(names)]} {plural('shape', len(names))}"
     order = "from left to right there are" if len(names) > 1 else "in the picture there is"
     return (
         listed,
@@ -182,19 +173,45 @@ def captions(scene: Scene) -> tuple[str, ...]:
     )
 
 
-def _plural(noun: str, count: int) -> str:
+def plural(noun: str, count: int) -> str:
     return noun if count == 1 else noun + ("es" if noun.endswith("s") else "s")
+
+
+# What a lookup asks of a shape, and how it may name it: by nothing when the shape is alone.
+_LOOKUPS = {"color": ("", "kind"), "kind": ("", "color", "size color")}
+_LOOKUPS |= dict.fromkeys(("size", "column", "row"), ("", "kind", "color kind"))
+
+
+def lookups(scene: Scene, number: int = 6) -> tuple[tuple[str, str], ...]:
+    """Give at most `number` short questions and answers, each about one field of one shape, named last.
+
+    To find a shape by its name and read something off it is the hard part of most questions; here it is asked bare.
+    There are none where no shape has a name of its own.
+    """
+    rng = random.Random(f"{scene.name} lookups")
+    asked = {}
+    for field in rng.choices(list(_LOOKUPS), k=number):
+        named = references(scene, *_LOOKUPS[field])
+        if options := [(_in_words(getattr(shape, field)), f"{field} of {name}?") for shape, name in named]:
+            answer, question = balanced(options, rng)
+            asked[question] = answer
+    return tuple(asked.items())
+
+
+def _in_words(value: str | int) -> str:
+    """A field's value; columns and rows count from one."""
+    return value if isinstance(value, str) else NUMBERS[value + 1]
 
 
 # A family of questions gives (answer, question) for all it can ask of a scene without doubt; choosing comes later.
 Asked = Iterator[tuple[str, str]]
 
 
-def _matching(scene: Scene, **wanted: str) -> tuple[Shape, ...]:
+def matching(scene: Scene, **wanted: str) -> tuple[Shape, ...]:
     return tuple(s for s in scene.shapes if all(getattr(s, field) == value for field, value in wanted.items()))
 
 
-def _references(scene: Scene, *choices: str) -> Iterator[tuple[Shape, str]]:
+def references(scene: Scene, *choices: str) -> Iterator[tuple[Shape, str]]:
     """Pair shapes with phrases that fit no other shape; a choice names the fields told: "size kind"."""
     for choice in choices:
         told = [tuple(getattr(shape, field) for field in choice.split()) for shape in scene.shapes]
@@ -203,13 +220,13 @@ def _references(scene: Scene, *choices: str) -> Iterator[tuple[Shape, str]]:
                 yield shape, " ".join(("the", *words, *(() if "kind" in choice else ("shape",))))
 
 
-def _named(scene: Scene, *choices: str) -> dict[Shape, str]:
+def named_shapes(scene: Scene, *choices: str) -> dict[Shape, str]:
     """Give the shapes that a phrase fits alone, each with the first such phrase."""
-    return dict(reversed(list(_references(scene, *choices))))
+    return dict(reversed(list(references(scene, *choices))))
 
 
 def _pairs(scene: Scene, *choices: str) -> Iterator[tuple[Shape, str, Shape, str]]:
-    named = _named(scene, *choices)
+    named = named_shapes(scene, *choices)
     return ((a, named[a], b, named[b]) for a, b in permutations(named, 2))
 
 
@@ -220,7 +237,7 @@ def _apart(dx: float, dy: float, least: float) -> Iterator[tuple[str, str]]:
             yield sides if distance < 0 else sides[::-1]
 
 
-def _sides(shape: Shape, other: Shape | None = None) -> Asked:
+def sides_of(shape: Shape, other: Shape | None = None) -> Asked:
     """Give (side, choice) about a shape and another one, or the middle, which it may not cover."""
     x, y, least = (other.x, other.y, MARGIN) if other else (SIDE / 2, SIDE / 2, shape.half)
     for side, _ in _apart(shape.x - x, shape.y - y, least):
@@ -228,13 +245,13 @@ def _sides(shape: Shape, other: Shape | None = None) -> Asked:
 
 
 def _what_color(scene: Scene) -> Asked:
-    for shape, name in _references(scene, "", "kind", "size kind"):
+    for shape, name in references(scene, "", "kind", "size kind"):
         yield shape.color, f"what color is {name}?"
         yield shape.color, f"what is the color of {name}?"
 
 
 def _what_shape(scene: Scene) -> Asked:
-    return ((shape.kind, f"what is {name}?") for shape, name in _references(scene, "", "color", "size color"))
+    return ((shape.kind, f"what is {name}?") for shape, name in references(scene, "", "color", "size color"))
 
 
 def _how_many(scene: Scene) -> Asked:
@@ -242,8 +259,8 @@ def _how_many(scene: Scene) -> Asked:
 
 
 def _how_many_of(scene: Scene) -> Asked:
-    for field, value, noun in _VALUES:
-        yield str(len(_matching(scene, **{field: value}))), f"how many {_plural(noun, 2)} are there?"
+    for field, value, noun in VALUES:
+        yield str(len(matching(scene, **{field: value}))), f"how many {plural(noun, 2)} are there?"
 
 
 def _is_there(scene: Scene) -> Asked:
@@ -259,7 +276,7 @@ def _is_there(scene: Scene) -> Asked:
 
 
 def _is_it(scene: Scene) -> Asked:
-    for (shape, name), color in product(_references(scene, "kind", "size kind"), COLORS):
+    for (shape, name), color in product(references(scene, "kind", "size kind"), COLORS):
         yield "yes" if shape.color == color else "no", f"is {name} {color}?"
 
 
@@ -272,12 +289,12 @@ def _is_beside(scene: Scene) -> Asked:
 
 def _which_side(scene: Scene) -> Asked:
     for a, name_a, b, name_b in _pairs(scene, "color kind", "size color kind"):
-        yield from ((side.split()[0], f"is {name_a} {choice} {name_b}?") for side, choice in _sides(a, b))
+        yield from ((side.split()[0], f"is {name_a} {choice} {name_b}?") for side, choice in sides_of(a, b))
 
 
 def _which_half(scene: Scene) -> Asked:
-    for shape, name in _references(scene, "kind", "color kind"):
-        yield from ((side.split()[0], f"is {name} {choice} the middle?") for side, choice in _sides(shape))
+    for shape, name in references(scene, "kind", "color kind"):
+        yield from ((side.split()[0], f"is {name} {choice} the middle?") for side, choice in sides_of(shape))
 
 
 def _which_size(scene: Scene) -> Asked:
@@ -287,11 +304,11 @@ def _which_size(scene: Scene) -> Asked:
 
 
 def _more_or_fewer(scene: Scene) -> Asked:
-    counts = [(field, noun, len(_matching(scene, **{field: value}))) for field, value, noun in _VALUES]
+    counts = [(field, noun, len(matching(scene, **{field: value}))) for field, value, noun in VALUES]
     for (field_a, a, count_a), (field_b, b, count_b) in permutations(counts, 2):
         if field_a == field_b and count_a + count_b:
             answer = "equal" if count_a == count_b else "more" if count_a > count_b else "fewer"
-            yield answer, f"are there more {_plural(a, 2)} than {_plural(b, 2)}, fewer or equally many?"
+            yield answer, f"are there more {plural(a, 2)} than {plural(b, 2)}, fewer or equally many?"
 
 
 def _same_color(scene: Scene) -> Asked:
@@ -299,7 +316,7 @@ def _same_color(scene: Scene) -> Asked:
         yield "yes" if a.color == b.color else "no", f"do {name_a} and {name_b} have the same color?"
 
 
-_VALUES = [("color", color, f"{color} shape") for color in COLORS] + [("kind", kind, kind) for kind in KINDS]
+VALUES = [("color", color, f"{color} shape") for color in COLORS] + [("kind", kind, kind) for kind in KINDS]
 # Answer type -> {question type: family}; a scene is asked one question of each answer type that it allows.
 _FAMILIES: dict[str, dict[str, Callable[[Scene], Asked]]] = {
     "color": {"what color": _what_color},
@@ -318,7 +335,7 @@ def questions(scene: Scene) -> tuple[Question, ...]:
     for answer_type, families in _FAMILIES.items():
         for question_type in rng.sample(list(families), len(families)):
             if options := list(families[question_type](scene)):
-                answer, question = _balanced(options, rng)
+                answer, question = balanced(options, rng)
                 others = [SYNONYMS[answer]] * rng.randint(0, 2) if answer in SYNONYMS else []
                 answers = ([answer] * 10 + others)[-10:]
                 asked.append(Question(question, tuple(answers), question_type, answer_type))
@@ -326,76 +343,8 @@ def questions(scene: Scene) -> tuple[Question, ...]:
     return tuple(asked)
 
 
-def _balanced(options: Sequence[tuple], rng: random.Random) -> tuple:
+def balanced(options: Sequence[tuple], rng: random.Random) -> tuple:
     """Choose an answer, then one of the options with that answer (their first item)."""
     answers = sorted({option[0] for option in options})
     answer = rng.choices(answers, [ANSWER_WEIGHTS.get(answer, 1.0) for answer in answers])[0]
     return rng.choice([option for option in options if option[0] == answer])
-
-
-class _Step(NamedTuple):
-    """A possible next turn; what comes after it can refer to the shapes in focus."""
-
-    key: str  # what to balance on
-    turn: Turn
-    focus: tuple[Shape, ...]
-    known: frozenset[str]  # fields of the shapes in focus that were told
-
-
-def dialogue(scene: Scene) -> tuple[Turn, ...]:
-    """Give a dialogue of 3 to 5 turns; the second question, and most later ones, refer back to what was said."""
-    rng = random.Random(f"{scene.name} dialogue")
-    turns, asked, focus, known = [], set(), (), frozenset()
-    while len(turns) < 3 or (len(turns) < 5 and rng.random() < 0.6):
-        follow_ups = _about_it(scene, focus[0], known) if len(focus) == 1 else _about_them(focus, known)
-        sources = [follow_ups, _openers(scene)]
-        if len(turns) > 1 and rng.random() < NEW_TOPIC:
-            sources.reverse()
-        fresh = next(filter(None, ([step for step in source if step.turn.question not in asked] for source in sources)))
-        _, turn, focus, known = _balanced(fresh, rng)
-        asked.add(turn.question)
-        turns.append(turn._replace(question="and " * (turn.refers_back and rng.randint(0, 1)) + turn.question))
-    return tuple(turns)
-
-
-def _openers(scene: Scene) -> Iterator[_Step]:
-    counted = [(scene.shapes, "shape", frozenset())]
-    counted += [(_matching(scene, **{field: value}), noun, frozenset({field})) for field, value, noun in _VALUES]
-    for found, noun, known in counted:
-        if found:
-            answer = f"there {'is' if len(found) == 1 else 'are'} {len(found)} {_plural(noun, len(found))}"
-            key = "all" if noun == "shape" else str(len(found))
-            yield _Step(key, Turn(f"how many {_plural(noun, 2)} are there?", answer, False), found, known)
-    for told, answer, words in (("kind", "color", "what color is"), ("color", "kind", "what is")):
-        for shape, name in _references(scene, told):
-            turn = Turn(f"{words} {name}?", f"{name} is {_said(shape, answer)}", False)
-            yield _Step(getattr(shape, answer), turn, (shape,), frozenset({told, answer}))
-
-
-def _about_them(focus: tuple[Shape, ...], known: frozenset[str]) -> Iterator[_Step]:
-    for field, value, _ in [*_VALUES, *(("size", size, size) for size in SIZES)]:
-        if focus and field not in known:
-            found = tuple(shape for shape in focus if getattr(shape, field) == value)
-            what = _plural(value, 2) if field == "kind" else value
-            answer = f"{len(found) or 'none'} of them are {what}"
-            if len(found) == 1:
-                answer = f"1 of them is {_said(found[0], field)}"
-            turn = Turn(f"how many of them are {what}?", answer, True)
-            yield _Step(str(len(found)), turn, found or focus, known | {field} if found else known)
-
-
-def _about_it(scene: Scene, it: Shape, known: frozenset[str]) -> Iterator[_Step]:
-    for field, question in (("color", "what color is it?"), ("kind", "what is it?"), ("size", "is it small or large?")):
-        if field not in known:
-            turn = Turn(question, f"it is {_said(it, field)}", True)
-            yield _Step(getattr(it, field), turn, (it,), known | {field})
-    for place, name in {None: "the middle", **_named(scene, "color kind", "size color kind")}.items():
-        for side, choice in _sides(it, place):
-            yield _Step(side, Turn(f"is it {choice} {name}?", f"it is {side} {name}", True), (it,), known)
-    others = len(_matching(scene, color=it.color)) - 1
-    answer = f"{others or 'no'} other {_plural('shape', others)} {'has' if others == 1 else 'have'} its color"
-    yield _Step(str(others), Turn("how many other shapes have its color?", answer, True), (it,), known)
-
-
-def _said(shape: Shape, field: str) -> str:
-    return f"a {shape.kind}" if field == "kind" else getattr(shape, field)

@@ -20,6 +20,7 @@ from datasets import Dataset, IterableDataset
 
 from . import records_moevlm as records
 from . import scenes_moevlm as drawn
+from .dialogues_moevlm import dialogue
 from .records_moevlm import FEATURES, Asked, Entry, RowError, Rows, Unit, check_known, listed, need
 
 TASKS = ("caption", "vqa", "chat")
@@ -30,14 +31,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes(Entry):
-    """Drawn shapes, `max_shapes` at most; `size` counts pictures, each with a caption, questions and a dialogue."""
+    """Drawn shapes, `max_shapes` at most; `size` counts pictures, each with a caption, questions and a dialogue.
+
+    The task `lookup`, for training, asks short questions about one shape each ([`scenes_moevlm.lookups`]).
+    """
 
     split: str = "train"
     size: int = 1000
     max_shapes: int = drawn.MAX_SHAPES
     tasks: list = TASKS
 
-    CHOICES = {"split": drawn.SPLITS, "tasks": TASKS}
+    CHOICES = {"split": drawn.SPLITS, "tasks": (*TASKS, "lookup")}
 
     def chosen(self, units: Iterator[Unit]) -> Iterable[Unit]:
         return units
@@ -57,8 +61,14 @@ class Scenes(Entry):
                     for i, one in enumerate(drawn.questions(scene))
                 ]
                 yield from records.vqa_units(name, image, asked, grouped=grouped)
+            if "lookup" in self.tasks and (pairs := drawn.lookups(scene)):
+                asked = [
+                    Asked(name, f"{name}-lookup-{i}", question, answer, [answer] * 10, "lookup", question.split()[0])
+                    for i, (question, answer) in enumerate(pairs)
+                ]
+                yield from records.vqa_units(name, image, asked, grouped=grouped)
             if "chat" in self.tasks:
-                turns = drawn.dialogue(scene)
+                turns = dialogue(scene)
                 messages = records.messages_of((turn.question, turn.answer) for turn in turns)
                 yield records.chat_unit(name, name, [image], messages, [turn.refers_back for turn in turns])
 

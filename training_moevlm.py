@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .grounding_moevlm import image_words_loss
 from .summary_moevlm import PARTS as TOWERS
 from .summary_moevlm import is_router, part_of, sparse_layers
 from .telemetry_moevlm import (
@@ -97,6 +98,9 @@ class MoeVlmTrainingArguments(TrainingArguments):
     router_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of all routers."})
     router_bias_update_rate: float = field(
         default=1e-3, metadata={"help": "Step of the selection bias where a config has use_router_bias; 0: it rests."}
+    )
+    image_words_steps: int = field(
+        default=0, metadata={"help": "First steps in which image tokens learn the answers' words too."}
     )
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of warm-up steps; --warmup_steps wins."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of matrices (see `decays`)."})
@@ -333,10 +337,17 @@ class MoeVlmTrainer(Trainer):
         for norm in self.frozen_norms:
             norm.eval()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        if model.training and self.state.global_step < self.args.image_words_steps and "pixel_values" in inputs:
+            loss = loss + self._image_words_loss(model, inputs, outputs) / self.args.gradient_accumulation_steps
         if model.training and outputs.get("expert_load") is not None:
             self.router_window.add(outputs)
             self.balancer.add(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _image_words_loss(self, model, inputs, outputs):
+        bare = self.accelerator.unwrap_model(model)
+        logits = bare.get_output_embeddings()(outputs["image_hidden_states"])  # (I, T, V)
+        return image_words_loss(logits, inputs["labels"], bare.config.text_config.eos_token_id)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

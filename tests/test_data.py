@@ -15,6 +15,7 @@ from PIL import Image
 
 from moevlm import records_moevlm, scenes_moevlm
 from moevlm.data_moevlm import load_mixture, mixture_parts
+from moevlm.dialogues_moevlm import dialogue
 from moevlm.records_moevlm import Rows
 from moevlm.sources_moevlm import EasyVqa
 
@@ -459,11 +460,18 @@ def test_scenes_give_a_caption_questions_and_a_dialogue_a_picture(tmp_path):
     assert [text for role, text in texts(grouped[0]) if role == "assistant"] == list(scenes_moevlm.captions(scene))
     asked = scenes_moevlm.questions(scene)
     assert len(grouped[1]["messages"]) == 2 * len(asked)
-    assert grouped[2]["refers_back"] == [turn.refers_back for turn in scenes_moevlm.dialogue(scene)]
+    assert grouped[2]["refers_back"] == [turn.refers_back for turn in dialogue(scene)]
     single = load(tmp_path, {"source": "scenes", "size": 1, "seed": 3})
     assert [one["answer_type"] for one in single if one["task"] == "vqa"] == [one.answer_type for one in asked]
     assert single[0]["references"] == list(scenes_moevlm.captions(scene))
     assert single[0]["images"][0].tobytes() == scenes_moevlm.picture(scene).tobytes()
+
+
+def test_lookups_of_a_scene_are_turns_of_one_record(tmp_path):
+    scene = next(scenes_moevlm.scenes("train", 1, seed=5))
+    (record,) = load(tmp_path, {"source": "scenes", "size": 1, "seed": 5, "tasks": ["lookup"]}, grouped=True)
+    said = [text.removeprefix("<image>") for _, text in texts(record)]
+    assert record["task"] == "vqa" and said == [text for pair in scenes_moevlm.lookups(scene) for text in pair]
 
 
 def test_scenes_take_the_split_of_their_part_and_only_the_tasks_wanted(tmp_path):

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from moevlm.dialogues_moevlm import dialogue
 from moevlm.scenes_moevlm import (
     COLORS,
     KINDS,
@@ -13,7 +14,7 @@ from moevlm.scenes_moevlm import (
     SIDE,
     SPLITS,
     captions,
-    dialogue,
+    lookups,
     picture,
     questions,
     scenes,
@@ -240,3 +241,15 @@ def test_max_shapes_passes_over_the_crowded_scenes_of_the_same_seed():
     assert few == [scene for scene in everything if len(scene.shapes) <= 2][:20]
     with pytest.raises(ValueError, match="max_shapes=6 must be between 1 and 5"):
         next(scenes("train", 1, max_shapes=6))
+
+
+def test_lookups_read_one_field_off_the_one_shape_named(some):
+    fields = Counter()
+    for scene in some:
+        for question, answer in lookups(scene):
+            field, name = re.fullmatch(r"(\w+) of the (.*)\?", question).groups()
+            value = getattr(the_one(scene.shapes, name), field)
+            assert answer == (value if isinstance(value, str) else ["one", "two", "three", "four"][value])
+            fields[field] += 1
+    assert set(fields) == {"color", "kind", "size", "column", "row"} and min(fields.values()) > 150
+    assert all(len(lookups(scene)) <= 6 for scene in some)

@@ -379,6 +379,29 @@ def test_the_loss_falls(tmp_path, processor, rows):
     assert curve[40] < 0.2 * curve[1]
 
 
+def test_image_tokens_learn_words_in_the_first_steps_only(tmp_path, processor, rows):
+    curves = []
+    for steps in (0, 2):
+        args = arguments(tmp_path, learning_rate=0.0, max_steps=3, image_words_steps=steps)
+        trainer = trainer_of(small_model(), rows, processor, args)
+        trainer.train()
+        curves.append(losses(trainer))
+    plain, helped = curves
+    # Untrained image tokens give each of the 300 words about the same score.
+    assert [helped[step] - plain[step] for step in (1, 2)] == pytest.approx([5.7, 5.7], abs=0.7)
+    assert helped[3] == plain[3]
+
+
+@pytest.mark.parametrize("settings", [{}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}])
+def test_the_words_loss_does_not_grow_with_accumulation(tmp_path, processor, rows, settings):
+    args = arguments(tmp_path, learning_rate=0.0, max_steps=1, image_words_steps=1, **settings)
+    trainer = trainer_of(small_model(), [rows[0]] * 4, processor, args)
+    trainer.train()
+    plain = trainer_of(small_model(), [rows[0]] * 4, processor, arguments(tmp_path, learning_rate=0.0, max_steps=1))
+    plain.train()
+    assert losses(trainer)[1] - losses(plain)[1] == pytest.approx(5.7, abs=0.7)
+
+
 def test_the_generated_answers_score_decides_which_checkpoint_is_best(tmp_path, processor, rows):
     scores, seen = iter([10.0, 90.0, 20.0]), []
 
