@@ -115,7 +115,7 @@ def as_text(comparison: Mapping[str, Any], names: Sequence[str], *, shown: int) 
             digits = 2 if max(abs(one["first"]), abs(one["second"])) > 1 else 4
             numbers = [f"{one['first']:.{digits}f}", f"{one['second']:.{digits}f}", f"{one['difference']:+.{digits}f}"]
             counts = [f"{one['wins']}/{one['ties']}/{one['losses']}", str(one["n"])]
-            sure = "yes" if low > 0 or high < 0 else "no"
+            sure = "yes" if round(low, 9) > 0 or round(high, 9) < 0 else "no"  # as ties are told from wins
             lines.append([task, name, *numbers, f"{low:+.{digits}f} .. {high:+.{digits}f}", *counts, sure])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -48,7 +48,7 @@ def main():
     if sys.argv[1:2] == ["compare"]:
         return compare_runs()
     (args,) = transformers.HfArgumentParser(EvalArguments).parse_args_into_dataclasses()
-    state, tasks = PartialState(cpu=args.device == "cpu"), load_tasks(args.tasks, ROOT / "configs/tasks")
+    state, tasks = PartialState(cpu=args.on_cpu), load_tasks(args.tasks, ROOT / "configs/tasks")
     with answers.warnings_of("moevlm") as notes, state.main_process_first():
         samples, problems = answers.checked(read_samples(args, tasks, args.part))
         answers.settle(problems, skip=args.skip_bad_rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
 import numpy as np
+import torch
 import yaml
 
 from .records_moevlm import check_known
@@ -44,6 +45,11 @@ class EvalArguments:
         default=None, metadata={"help": "Such as cpu or cuda:0; the best there is by default."}
     )
     seed: int = field(default=0, metadata={"help": "Draws samples, examples, noise and the bootstrap."})
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU answers: asked for, or all there is; accelerate joins processes of CPUs only if told."""
+        return torch.device(self.device).type == "cpu" if self.device else not torch.accelerator.is_available()
 
 
 @dataclass

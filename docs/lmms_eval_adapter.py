@@ -18,7 +18,7 @@ from accelerate import PartialState
 try:
     from lmms_eval.api.model import lmms
 except ImportError as error:
-    raise ImportError("the lmms-eval harness is missing; install it: pip install lmms-eval") from error
+    raise ImportError(f"the lmms-eval harness cannot be loaded ({error}); install it: pip install lmms-eval") from error
 
 NAME = "moevlm"
 # Where a task sets no limit; most answers end far earlier, at the end token.

@@ -102,6 +102,14 @@ def test_tasks_are_compared_apart():
     assert found["ocr"]["scores"]["vqa_accuracy"]["difference"] == 100
 
 
+def test_what_only_rounding_changes_is_not_sure():
+    # BLEU-4 of captions without a common word is not 0 but 1e-12, which differs with the captions' lengths.
+    first, second = ([row(str(at), 0, noise=noise) for at in range(9)] for noise in (3e-12, 2e-12))
+    text = as_text(compare(first, second, **HAND_IN), ("old", "new"), shown=0)
+    (line,) = [line for line in text.splitlines() if "noise" in line]
+    assert "0/9/0" in line and line.endswith("no")
+
+
 def test_the_text_shows_the_table_and_the_largest_changes():
     interval = partial(bootstrap_interval, seed=1)
     first, second = rows([100] * 30 + [0] * 2), rows([100] * 20 + [0] * 10 + [100] * 2)

@@ -155,6 +155,15 @@ def test_without_the_harness_it_names_the_install_line(monkeypatch):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
+def test_a_harness_that_lacks_a_package_of_its_own_names_it(monkeypatch):
+    for name in ("lmms_eval", "lmms_eval.api"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "lmms_eval.api.model", None)
+    spec = importlib.util.spec_from_file_location("lmms_eval_adapter", ADAPTER)
+    with pytest.raises(ImportError, match="lmms_eval.api.model"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def test_the_command_makes_the_model_known_and_runs_the_harness(module, monkeypatch):
     known, ran = {}, []
     names = ("lmms_eval.__main__", "lmms_eval.models", "lmms_eval.models.registry_v2")

@@ -402,10 +402,10 @@ def test_two_processes_give_the_scores_of_one(evaluate, checkpoint, mixture, tmp
     alone = evaluate("--batch_size", "4", folder="alone")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = ["--model_name_or_path", checkpoint, "--data", mixture, "--output_dir", str(tmp_path / "both")]
-    flags += ["--device", "cpu", "--max_new_tokens", "3", "--batch_size", "4"]
-    subprocess.run(
-        [*torchrun, str(ROOT / "run_eval.py"), *flags], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    flags += ["--max_new_tokens", "3", "--batch_size", "4"]
+    # No --device: on a machine without an accelerator the plain command must not start two runs of one process each.
+    surroundings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*torchrun, str(ROOT / "run_eval.py"), *flags], check=True, env={**os.environ, **surroundings})
     for name in ("predictions_caption.json", "predictions_vqa.json", "predictions_chat.json"):
         assert read(tmp_path / "both", name) == read(alone, name)
     together, single = (read(folder, "metrics.json") for folder in (tmp_path / "both", alone))

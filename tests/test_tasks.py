@@ -8,7 +8,7 @@ import yaml
 from asked_records import COLOURS, caption, chat, vqa
 
 from moevlm.evaluation_moevlm import MAX_NEW_TOKENS, METRICS, samples_from
-from moevlm.tasks_moevlm import draw, load_tasks, with_examples
+from moevlm.tasks_moevlm import EvalArguments, draw, load_tasks, with_examples
 
 TASKS = Path(__file__).resolve().parent.parent / "configs" / "tasks"
 
@@ -18,6 +18,14 @@ def write_task(folder, name="ocr", **changes):
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in (values | changes).items() if value is not None}))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    "device, accelerator, expected", [(None, False, True), (None, True, False), ("cpu", True, True)]
+)
+def test_the_cpu_answers_where_asked_or_where_nothing_else_is(monkeypatch, device, accelerator, expected):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerator)
+    assert EvalArguments(device=device).on_cpu is expected
 
 
 def test_the_tasks_of_the_repository_ask_as_training_scores():
