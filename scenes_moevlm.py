@@ -177,32 +177,6 @@ def plural(noun: str, count: int) -> str:
     return noun if count == 1 else noun + ("es" if noun.endswith("s") else "s")
 
 
-# What a lookup asks of a shape, and how it may name it: by nothing when the shape is alone.
-_LOOKUPS = {"color": ("", "kind"), "kind": ("", "color", "size color")}
-_LOOKUPS |= dict.fromkeys(("size", "column", "row"), ("", "kind", "color kind"))
-
-
-def lookups(scene: Scene, number: int = 6) -> tuple[tuple[str, str], ...]:
-    """Give at most `number` short questions and answers, each about one field of one shape, named last.
-
-    To find a shape by its name and read something off it is the hard part of most questions; here it is asked bare.
-    There are none where no shape has a name of its own.
-    """
-    rng = random.Random(f"{scene.name} lookups")
-    asked = {}
-    for field in rng.choices(list(_LOOKUPS), k=number):
-        named = references(scene, *_LOOKUPS[field])
-        if options := [(_in_words(getattr(shape, field)), f"{field} of {name}?") for shape, name in named]:
-            answer, question = balanced(options, rng)
-            asked[question] = answer
-    return tuple(asked.items())
-
-
-def _in_words(value: str | int) -> str:
-    """A field's value; columns and rows count from one."""
-    return value if isinstance(value, str) else NUMBERS[value + 1]
-
-
 # A family of questions gives (answer, question) for all it can ask of a scene without doubt; choosing comes later.
 Asked = Iterator[tuple[str, str]]
 
@@ -341,6 +315,30 @@ def questions(scene: Scene) -> tuple[Question, ...]:
                 asked.append(Question(question, tuple(answers), question_type, answer_type))
                 break
     return tuple(asked)
+
+
+# What a lookup asks of a shape, and how it may name it: by nothing when the shape is alone.
+_LOOKUPS = {"color": ("", "kind"), "kind": ("", "color", "size color")}
+_LOOKUPS |= dict.fromkeys(("size", "column", "row"), ("", "kind", "color kind"))
+
+
+def lookups(scene: Scene) -> tuple[Question, ...]:
+    """Give at most six short questions, each about one field of one shape, named last.
+
+    To find a shape by its name and read something off it is the hard part of most questions; here it is asked bare.
+    There are none where no shape has a name of its own. Columns and rows count from one.
+    """
+    rng = random.Random(f"{scene.name} lookups")
+    asked = {}
+    for field in rng.choices(list(_LOOKUPS), k=6):
+        options = []
+        for shape, name in references(scene, *_LOOKUPS[field]):
+            value = getattr(shape, field)
+            options.append((value if isinstance(value, str) else NUMBERS[value + 1], f"{field} of {name}?"))
+        if options:
+            answer, question = balanced(options, rng)
+            asked[question] = Question(question, (answer,) * 10, "lookup", field)
+    return tuple(asked.values())
 
 
 def balanced(options: Sequence[tuple], rng: random.Random) -> tuple:

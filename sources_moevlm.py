@@ -55,18 +55,14 @@ class Scenes(Entry):
                 yield records.caption_unit(
                     name, name, image, list(drawn.captions(scene)), CAPTION_PROMPT, grouped=grouped
                 )
-            if "vqa" in self.tasks:
-                asked = [
-                    Asked(name, f"{name}-{i}", one.question, one.answers[0], list(one.answers), *one[2:])
-                    for i, one in enumerate(drawn.questions(scene))
-                ]
-                yield from records.vqa_units(name, image, asked, grouped=grouped)
-            if "lookup" in self.tasks and (pairs := drawn.lookups(scene)):
-                asked = [
-                    Asked(name, f"{name}-lookup-{i}", question, answer, [answer] * 10, "lookup", question.split()[0])
-                    for i, (question, answer) in enumerate(pairs)
-                ]
-                yield from records.vqa_units(name, image, asked, grouped=grouped)
+            for task, questions in (("vqa", drawn.questions), ("lookup", drawn.lookups)):
+                if task in self.tasks and (found := questions(scene)):
+                    prefix = name if task == "vqa" else f"{name}-{task}"
+                    asked = [
+                        Asked(name, f"{prefix}-{i}", one.question, one.answers[0], list(one.answers), *one[2:])
+                        for i, one in enumerate(found)
+                    ]
+                    yield from records.vqa_units(name, image, asked, grouped=grouped)
             if "chat" in self.tasks:
                 turns = dialogue(scene)
                 messages = records.messages_of((turn.question, turn.answer) for turn in turns)

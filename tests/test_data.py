@@ -471,7 +471,9 @@ def test_lookups_of_a_scene_are_turns_of_one_record(tmp_path):
     scene = next(scenes_moevlm.scenes("train", 1, seed=5))
     (record,) = load(tmp_path, {"source": "scenes", "size": 1, "seed": 5, "tasks": ["lookup"]}, grouped=True)
     said = [text.removeprefix("<image>") for _, text in texts(record)]
-    assert record["task"] == "vqa" and said == [text for pair in scenes_moevlm.lookups(scene) for text in pair]
+    assert record["task"] == "vqa" and said == [
+        text for one in scenes_moevlm.lookups(scene) for text in (one.question, one.answers[0])
+    ]
 
 
 def test_scenes_take_the_split_of_their_part_and_only_the_tasks_wanted(tmp_path):

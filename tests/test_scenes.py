@@ -246,10 +246,11 @@ def test_max_shapes_passes_over_the_crowded_scenes_of_the_same_seed():
 def test_lookups_read_one_field_off_the_one_shape_named(some):
     fields = Counter()
     for scene in some:
-        for question, answer in lookups(scene):
+        for question, answers, _, answer_type in lookups(scene):
             field, name = re.fullmatch(r"(\w+) of the (.*)\?", question).groups()
             value = getattr(the_one(scene.shapes, name), field)
-            assert answer == (value if isinstance(value, str) else ["one", "two", "three", "four"][value])
+            assert answers == (value if isinstance(value, str) else ["one", "two", "three", "four"][value],) * 10
+            assert answer_type == field
             fields[field] += 1
     assert set(fields) == {"color", "kind", "size", "column", "row"} and min(fields.values()) > 150
     assert all(len(lookups(scene)) <= 6 for scene in some)
