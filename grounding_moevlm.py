@@ -11,7 +11,7 @@ from torch import Tensor
 from .collating_moevlm import IGNORED
 
 
-def image_words_loss(logits: Tensor, labels: Tensor, end: int | None) -> Tensor:
+def image_words_loss(logits: Tensor, labels: Tensor, pictures: Tensor, end: int | None) -> Tensor:
     """Cross-entropy between the words of a picture's answers and what its image tokens say together, a scalar.
 
     The words of a caption are the labels of its picture, as in SuperClass (Huang et al. 2024, arXiv:2411.03313); the
@@ -19,19 +19,13 @@ def image_words_loss(logits: Tensor, labels: Tensor, end: int | None) -> Tensor:
 
     Args:
         logits: `(I, T, V)`, the LM head on the T image tokens of each picture.
-        labels: `(rows, length)`, ids of the words to learn, -100 elsewhere; each row has the same number of pictures,
-            in the order of `logits`.
+        labels: `(rows, length)`, ids of the words to learn, -100 elsewhere.
+        pictures: `(rows,)`, how many of the I pictures, in order, are each row's; the words of a row go to all of them.
         end: Id of the token that ends an answer, which is no word; None if there is none.
-
-    Raises:
-        ValueError: The pictures cannot be shared out evenly among the rows.
     """
-    pictures, rows = logits.shape[0], labels.shape[0]
-    if pictures % rows:
-        raise ValueError(f"{pictures} pictures in {rows} rows: the loss on image words needs as many in each row")
     words = (labels != IGNORED) & (labels != end)
-    present = logits.new_zeros(rows, logits.shape[-1], dtype=torch.float32)  # (rows, V)
+    present = logits.new_zeros(len(labels), logits.shape[-1], dtype=torch.float32)  # (rows, V)
     present.scatter_reduce_(1, labels.clamp(min=0), words.float(), "amax")
     target = present / present.sum(1, keepdim=True).clamp(min=1)
     said = logits.float().logsumexp(1).log_softmax(-1)  # (I, V)
-    return -(target.repeat_interleave(pictures // rows, 0) * said).sum(1).mean()
+    return -(target.repeat_interleave(pictures, 0) * said).sum(1).mean()

@@ -347,7 +347,8 @@ class MoeVlmTrainer(Trainer):
     def _image_words_loss(self, model, inputs, outputs):
         bare = self.accelerator.unwrap_model(model)
         logits = bare.get_output_embeddings()(outputs["image_hidden_states"])  # (I, T, V)
-        return image_words_loss(logits, inputs["labels"], bare.config.text_config.eos_token_id)
+        pictures = (inputs["input_ids"] == bare.config.image_token_id).sum(1) // logits.shape[1]  # (rows,)
+        return image_words_loss(logits, inputs["labels"], pictures, bare.config.text_config.eos_token_id)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
