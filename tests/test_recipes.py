@@ -4,7 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
+from moevlm.configuration_moevlm import MoeVlmConfig
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.recipes_moevlm import parse
 from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainingArguments
 
@@ -97,3 +100,9 @@ def test_a_missing_recipe_is_named(tmp_path):
 def test_the_documented_training_recipes_read_and_name_files_that_exist(name):
     model_args, data_args, _ = parse(GROUPS, ["--recipe", str(ROOT / f"configs/recipes/{name}.yaml")])
     assert all(Path(file).is_file() for file in (model_args.config, data_args.data) if file)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_architecture_builds(path):
+    with torch.device("meta"):
+        assert MoeVlmForConditionalGeneration(MoeVlmConfig.from_json_file(path)).num_parameters() > 1e6
