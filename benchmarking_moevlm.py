@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -94,6 +94,70 @@ def training_case(block, inputs):
             parameter.grad = None
 
     return run
+
+
+def graph_case(block, inputs):
+    """A function of the round's number: one replay of the captured forward (a CUDA graph) on that round's inputs.
+
+    Leaves out what the host does for each kernel, as `torch.compile(mode="reduce-overhead")` would.
+    """
+    states = inputs[0].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                block(states)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            block(states)
+
+    def run(round_number):
+        states.copy_(inputs[round_number % len(inputs)])
+        graph.replay()
+
+    return run
+
+
+class Ceilings(NamedTuple):
+    """What a device reaches at best, measured: [`measured_ceilings`]."""
+
+    bytes_per_second: float  # of a copy, read plus written
+    flops_per_second: float  # of a large matrix product
+
+
+def measured_ceilings(dtype, device, rounds=20) -> Ceilings:
+    """[`Ceilings`] of a device: copies of 1 GiB, and products of random 8192 x 8192 matrices, medians of `rounds`."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    left, right = (torch.randn(8192, 8192, device=device).to(dtype) for _ in "lr")
+    out = torch.empty_like(left)
+    copy = interleaved({"": lambda _: target.copy_(source)}, rounds * 1e-3, device)[""]
+    multiply = interleaved({"": lambda _: torch.mm(left, right, out=out)}, rounds * 2e-3, device)[""]
+    return Ceilings(2 * 2**30 / statistics.median(copy), 2 * 8192**3 / statistics.median(multiply))
+
+
+def floor(kind, block, inputs, ceilings) -> float:
+    """The seconds that no implementation of our sparse `block` can go below on `inputs`, their mean.
+
+    The larger of two times: the operations over the measured rate, and the fewest bytes (each weight of an expert that
+    was hit, the states in and out; in training the gradients of all weights too) over the measured bandwidth. A
+    backward pass counts twice a forward's operations, and reads the weights once more.
+    """
+    weights = (block.experts.gate_up_proj, block.experts.down_proj)
+    each_expert = sum(weight[0].numel() for weight in weights)
+    size, times = inputs[0].element_size(), []
+    for states in inputs:
+        with torch.no_grad():
+            chosen = block.gate(states.flatten(0, -2)).experts  # (N, K)
+        operations = 2 * chosen.numel() * each_expert
+        read = len(chosen.unique()) * each_expert + block.gate.weight.numel()
+        moved = read + 2 * states.numel()
+        if kind == "training":
+            operations, moved = 3 * operations, moved + read + sum(map(torch.numel, weights)) + 2 * states.numel()
+        times.append(max(operations / ceilings.flops_per_second, size * moved / ceilings.bytes_per_second))
+    return statistics.fmean(times)
 
 
 def peak_bytes(run: Callable[[int], Any], device="cpu") -> int:
@@ -186,10 +250,11 @@ def table(rows: Sequence[Row], ours: str, limit: str) -> str:
         cells = [row["kind"], row["dtype"], row["shape"], str(row["tokens"])]
         ratio = f"**{row['values'][ours] / value:.2f}** ({peer})"
         over_limit = f"{row['values'][ours] / row['values'][limit]:.2f}" if limit in row["values"] else "-"
+        over_floor = f"{row['values'][ours] / row['floor']:.1f}" if "floor" in row else "-"
         values = ", ".join(f"{name} {shown(each, row['unit'])}" for name, each in row["values"].items())
-        lines.append("| " + " | ".join([*cells, ratio, over_limit, values]) + " |")
-    head = "| kind | dtype | D,F,E,K | tokens | ours / best peer | ours / dense | all |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
+        lines.append("| " + " | ".join([*cells, ratio, over_limit, over_floor, values]) + " |")
+    head = "| kind | dtype | D,F,E,K | tokens | ours / best peer | ours / dense | ours / floor | all |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *lines])
 
 
 def shown(value: float, unit: str) -> str:
@@ -242,12 +307,16 @@ def write(results: Row, folder: Path, name: str) -> Path:
 
 
 __all__ = [
+    "Ceilings",
     "batches",
     "decoding_case",
     "fastest_peer",
+    "floor",
     "forward_case",
+    "graph_case",
     "interleaved",
     "machine",
+    "measured_ceilings",
     "medians",
     "peak_bytes",
 ]

@@ -26,7 +26,10 @@ SHAPES = ("256,512,8,2", "576,1536,8,2", "1024,512,32,4", "2048,768,64,8")
 GROWTH = ("256,256,8,2", "256,256,64,2", "256,256,256,2")
 TRAINED_FROM = 512  # tokens; fewer are no training batch
 # Copies the weights of each visit: beyond this many tokens it would only fill the memory.
-SLOW_FROM = {"Qwen3-MoE batched_mm": 64, "Qwen3-VL-MoE": 512}
+SLOW_FROM = {"Qwen3-MoE batched_mm": 64, "Qwen3-VL-MoE": 512, "ours batched_mm": 64}
+BLOCKS = ("forward", "graph", "training", "memory", "share")
+# A CUDA graph cannot hold what waits for the routing on the host.
+UNCAPTURED = ("eager", "ours grouped", "ours decode", "Mixtral", "Qwen3-MoE", "Qwen3-VL-MoE", "Aria")
 
 
 @dataclass
@@ -35,7 +38,10 @@ class BenchmarkArguments:
 
     what: list[str] = field(
         default_factory=lambda: ["forward", "training", "memory", "growth", "share"],
-        metadata={"help": "Any of forward, training, memory, growth, share, decoding."},
+        metadata={
+            "help": "Any of forward, graph (a forward captured in a CUDA graph), training, memory, growth, share, "
+            "decoding."
+        },
     )
     shapes: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"help": "Blocks, as D,F,E,K."})
     dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})
@@ -56,6 +62,7 @@ class BenchmarkArguments:
 
 def main():
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
+    check(args)
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     kept = keep_freed_memory()
@@ -74,16 +81,20 @@ def main():
     print(f"written: {path}, .md, .png")
 
 
+def check(args):
+    """Raise for a measurement that does not exist, or not on this device."""
+    known = (*BLOCKS, "growth", "decoding")
+    if unknown := set(args.what) - set(known):
+        raise ValueError(f"--what {sorted(unknown)} is unknown; take any of {', '.join(known)}")
+    if "graph" in args.what and not args.device.startswith("cuda"):
+        raise ValueError(f"--what graph needs a CUDA device, not --device {args.device}; leave it out")
+
+
 def planned(args):
     """(function, its arguments) of each step."""
-    unknown = set(args.what) - {"forward", "training", "memory", "growth", "share", "decoding"}
-    if unknown:
-        raise ValueError(
-            f"--what {sorted(unknown)} is unknown; take any of forward, training, memory, growth, share, decoding"
-        )
     for dtype in args.dtype:
         for shape in map(Shape.parse, args.shapes):
-            kinds = [kind for kind in args.what if kind in ("forward", "training", "memory", "share")]
+            kinds = [kind for kind in args.what if kind in BLOCKS]
             if kinds:
                 yield measure_blocks, (dtype, shape, kinds)
         if "growth" in args.what:
@@ -99,6 +110,7 @@ def measure_blocks(args, dtype, shape, kinds):
     """Rows of one shape: for each number of tokens, the kinds that make sense there."""
     dtype_name, dtype = dtype, getattr(torch, dtype)
     compared = blocks(shape, dtype, args.device, tuple(args.implementations))
+    ceilings = bench.measured_ceilings(dtype, args.device) if args.device.startswith("cuda") else None
     for tokens in [1] if kinds == ["growth"] else args.tokens:
         inputs = bench.batches(tokens, shape.hidden_size, dtype, args.device)
         slow = SLOW_FROM if kinds != ["growth"] else dict.fromkeys(SLOW_FROM, 0)  # they would empty the caches too
@@ -108,7 +120,10 @@ def measure_blocks(args, dtype, shape, kinds):
             if kind in ("training", "memory", "share") and tokens < TRAINED_FROM:
                 continue
             unit, values = measured(args, kind, live, inputs)
-            yield {"kind": kind, **labels, "unit": unit, "values": values}
+            row = {"kind": kind, **labels, "unit": unit, "values": values}
+            if ceilings and kind in ("forward", "graph", "training"):
+                row |= {"floor": bench.floor(kind, compared[OURS], inputs, ceilings), **ceilings._asdict()}
+            yield row
 
 
 def measured(args, kind, compared, inputs):
@@ -116,7 +131,9 @@ def measured(args, kind, compared, inputs):
     if kind == "memory":
         runs = {name: bench.training_case(block, inputs) for name, block in compared.items()}
         return "bytes", {name: bench.peak_bytes(run, args.device) for name, run in runs.items()}
-    case = bench.training_case if kind == "training" else bench.forward_case
+    if kind == "graph":
+        compared = {name: block for name, block in compared.items() if not name.endswith(UNCAPTURED)}
+    case = {"training": bench.training_case, "graph": bench.graph_case}.get(kind, bench.forward_case)
     runs = {name: case(block.train(kind == "training"), inputs) for name, block in compared.items()}
     if kind == "share":
         runs = {OURS: runs[OURS], "products alone": bench.products_case(compared[OURS], inputs)}

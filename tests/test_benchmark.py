@@ -124,5 +124,25 @@ def test_the_command_measures_decoding(tmp_path, monkeypatch):
 
 def test_an_unknown_measurement_is_refused_with_the_known_ones(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_benchmark.py", "--what", "speed"])
-    with pytest.raises(ValueError, match="--what .*speed.* forward, training"):
+    with pytest.raises(ValueError, match="--what .*speed.* forward, graph, training"):
+        run_benchmark.main()
+
+
+def test_the_floor_counts_each_expert_that_was_hit_once_and_each_operation():
+    block, sizes = blocks(SHAPE, torch.float32, "cpu")[OURS], 3 * 32 * 16
+    inputs = [torch.randn(1, 24, SHAPE.hidden_size)]
+    hit = len(block.gate(inputs[0][0]).experts.unique())
+    moved = hit * sizes + 4 * 32 + 2 * 24 * 32
+    slow_memory, slow_products = bench.Ceilings(1.0, 1e30), bench.Ceilings(1e30, 1.0)
+    assert bench.floor("forward", block, inputs, slow_memory) == 4 * moved
+    assert bench.floor("forward", block, inputs, slow_products) == 2 * 24 * 2 * sizes
+    assert bench.floor("training", block, inputs, slow_products) == 3 * 2 * 24 * 2 * sizes
+    # The weights once more, the gradients of all four experts, and the gradients of the states going in and out.
+    again = hit * sizes + 4 * 32 + 4 * sizes + 2 * 24 * 32
+    assert bench.floor("training", block, inputs, slow_memory) == 4 * (moved + again)
+
+
+def test_a_graph_needs_cuda(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_benchmark.py", "--what", "graph"])
+    with pytest.raises(ValueError, match="needs a CUDA device, not --device cpu"):
         run_benchmark.main()
