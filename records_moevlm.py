@@ -67,6 +67,7 @@ class Rows:
         self.skip = skip
         self.skipped: list[str] = []
         self.pictures: dict[str, list[int] | None] = {}  # the files looked at, as they were then
+        self.unusable: dict[str, RowError] = {}  # what is wrong with some of them
 
     @contextmanager
     def row(self, place: str) -> Iterator[None]:
@@ -96,21 +97,21 @@ class Rows:
             return {"bytes": value.getvalue(), "path": None}
         if not isinstance(value, str | Path):
             raise RowError(f"has no picture ({value!r}); give the row one")
-        if str(value) not in self.pictures:
-            seen = mark(Path(value))
+        if (name := str(value)) not in self.pictures:
+            self.pictures[name] = mark(Path(value))
             try:
-                _look_inside(Path(value), decode=len(self.pictures) < PICTURES_DECODED)
-            finally:
-                self.pictures[str(value)] = seen
-        return str(value)
+                _look_inside(Path(value), decode=len(self.pictures) <= PICTURES_DECODED)
+            except RowError as error:
+                self.unusable[name] = error
+        if name in self.unusable:
+            raise self.unusable[name]
+        return name
 
 
 def mark(path: Path) -> list[int] | None:
     """Give what changes when a file does; None while there is no file."""
-    if not path.exists():
-        return None
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    status = path.stat() if path.exists() else None
+    return [status.st_size, status.st_mtime_ns] if status else None
 
 
 def _look_inside(file: Path | io.BytesIO, *, decode: bool) -> None:
@@ -198,8 +199,7 @@ def chat_unit(place: str, id: Any, images: list[Any], messages: Any, refers_back
     answers = roles.count("assistant")
     if refers_back is not None and (not isinstance(refers_back, list) or len(refers_back) != answers):
         raise RowError(f"has {answers} answers but 'refers_back' is {refers_back!r}; give one true or false for each")
-    fields = {"id": str(id), "task": "chat", "messages": parsed, "refers_back": refers_back}
-    return Unit(place, images, fields)
+    return Unit(place, images, {"id": str(id), "task": "chat", "messages": parsed, "refers_back": refers_back})
 
 
 def _content(message: dict[str, Any]) -> list[dict[str, Any]]:

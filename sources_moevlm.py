@@ -115,7 +115,10 @@ class CocoCaptions(Entry):
         names, references = {}, defaultdict(list)
         for place, row in listed(self.annotations, "images"):
             with rows.row(place):
-                names[need(row, "id", int | str)] = (place, need(row, "file_name"))
+                image = need(row, "id", int | str)
+                if image in names:
+                    raise RowError(f"image {image} stands twice among the file's 'images'; give each image one row")
+                names[image] = (place, need(row, "file_name"))
         for place, row in listed(self.annotations, "annotations"):
             with rows.row(place):
                 image = need(row, "image_id", int | str)
@@ -149,7 +152,10 @@ class VqaV2(Entry):
                 answers = records.answers_in(row.get("answers"))
                 main = row.get("multiple_choice_answer") or records.most_common(answers)
                 types = (row.get("question_type"), row.get("answer_type"))
-                annotated[need(row, "question_id", int | str)] = (main, answers, *types)
+                id = need(row, "question_id", int | str)
+                if id in annotated:
+                    raise RowError(f"question_id {id} stands twice among the 'annotations'; give each question one row")
+                annotated[id] = (main, answers, *types)
         pictures = defaultdict(list)
         for place, row in listed(self.questions, "questions"):
             with rows.row(place):

@@ -123,6 +123,7 @@ def test_pictures_on_disk_are_kept_as_paths(tmp_path, captions, photos):
         (lambda c: c["annotations"][1].update(image_id=77), ValueError, r"annotations\[1\]: image_id 77 is not among"),
         (lambda c: c["annotations"].clear(), ValueError, r"images\[0\]: image 1 has no caption; add one"),
         (lambda c: c["images"][1].update(file_name="no.jpg"), FileNotFoundError, r"images\[1\]: .*no\.jpg does not"),
+        (lambda c: c["images"].append(c["images"][0]), ValueError, r"images\[2\]: image 1 stands twice"),
         (lambda c: c.pop("annotations"), ValueError, r"captions\.json: has no list 'annotations'"),
     ],
 )
@@ -229,6 +230,12 @@ def test_vqav2_without_a_chosen_answer_learns_the_most_common(tmp_path, vqa):
             ValueError,
             r"a\.json: annotations\[1\]: has no a",
         ),
+        (
+            "a.json",
+            lambda c: c["annotations"].append(c["annotations"][0]),
+            ValueError,
+            r"a\.json: annotations\[3\]: question_id 13 stands twice",
+        ),
         ("q.json", lambda c: c["questions"][1].pop("question"), ValueError, r"questions\[1\]: 'question' is None"),
         ("q.json", lambda c: c["questions"][1].update(image_id=99), FileNotFoundError, r"questions\[1\].*000099\.jpg"),
     ],
@@ -237,6 +244,16 @@ def test_a_bad_vqav2_row_is_named(tmp_path, vqa, file, damage, error, message):
     change(tmp_path / file, damage)
     with pytest.raises(error, match=message):
         load(tmp_path, vqa)
+
+
+@pytest.mark.parametrize("harm", [truncate, os.unlink])
+def test_every_question_on_an_unusable_picture_is_skipped(tmp_path, vqa, photos, harm, caplog):
+    for name in ("COCO_train2014_000000000001.jpg", "1.png"):
+        harm(photos / name)
+    with caplog.at_level(logging.WARNING):
+        records = load(tmp_path, vqa, skip_bad_rows=True)
+    assert [record["id"] for record in records if record["images"][0]] == ["12"]
+    assert "left out 2 bad rows" in caplog.text
 
 
 def test_a_missing_vqav2_picture_that_arrives_is_used(tmp_path, vqa, photos):
