@@ -44,16 +44,17 @@ def dialogue(scene: Scene) -> tuple[Turn, ...]:
 
 
 def _openers(scene: Scene) -> Iterator[_Step]:
+    # Worded otherwise than the questions of scenes_moevlm, which want the bare answer: no text has two right answers.
     counted = [(scene.shapes, "shape", frozenset())]
     counted += [(matching(scene, **{field: value}), noun, frozenset({field})) for field, value, noun in VALUES]
     for found, noun, known in counted:
         if found:
             answer = f"there {'is' if len(found) == 1 else 'are'} {len(found)} {plural(noun, len(found))}"
             key = "all" if noun == "shape" else str(len(found))
-            yield _Step(key, Turn(f"how many {plural(noun, 2)} are there?", answer, False), found, known)
-    for told, answer, words in (("kind", "color", "what color is"), ("color", "kind", "what is")):
+            yield _Step(key, Turn(f"tell me how many {plural(noun, 2)} there are.", answer, False), found, known)
+    for told, answer, words in (("kind", "color", "what color"), ("color", "kind", "what")):
         for shape, name in references(scene, told):
-            turn = Turn(f"{words} {name}?", f"{name} is {_said(shape, answer)}", False)
+            turn = Turn(f"tell me {words} {name} is.", f"{name} is {_said(shape, answer)}", False)
             yield _Step(getattr(shape, answer), turn, (shape,), frozenset({told, answer}))
 
 

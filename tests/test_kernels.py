@@ -74,7 +74,8 @@ def outputs_and_gradients(form, inputs, act=F.silu):
     with torch.no_grad():
         alone = form(*inputs, act)
     output = form(*inputs, act)
-    factors = torch.linspace(-1, 1, output.numel()).view_as(output)  # no symmetric sum that hides a swap
+    # No symmetric sum, which would hide a swap.
+    factors = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
     (output.float() * factors).sum().backward()
     return [alone, output, *(each.grad for each in inputs if each.requires_grad)]
 

@@ -206,9 +206,10 @@ def reply(shapes, focus, question):
             return next(side for side in match[1].split(" or ") if is_side(it, side, other)), focus
         field = {"what color is it?": "color", "what is it?": "kind", "is it small or large?": "size"}[question]
         return getattr(it, field), focus
-    if match := re.fullmatch(r"how many (.*) are there\?", question):
-        return read(shapes, question), matching(shapes, match[1])
-    return read(shapes, question), [the_one(shapes, question)]
+    if match := re.fullmatch(r"tell me how many (.*) there are\.", question):
+        return read(shapes, f"how many {match[1]} are there?"), matching(shapes, match[1])
+    words, name = re.fullmatch(r"tell me (what|what color) (the .*) is\.", question).groups()
+    return read(shapes, f"{words} is {name}?"), [the_one(shapes, name)]
 
 
 def test_every_turn_of_a_dialogue_is_true_of_what_it_refers_to(some):
@@ -218,6 +219,11 @@ def test_every_turn_of_a_dialogue_is_true_of_what_it_refers_to(some):
             said, focus = reply(scene.shapes, focus, question.removeprefix("and "))
             assert said in answer.split(), (question, answer)
             assert refers_back == bool(re.search(r"\b(it|its|them)\b", question))
+
+
+def test_no_question_that_wants_the_bare_answer_opens_a_dialogue_that_wants_a_sentence(some):
+    bare = {asked.question for scene in some for asked in questions(scene)}
+    assert not bare & {turn.question for scene in some for turn in dialogue(scene)}
 
 
 def test_dialogues_have_three_to_five_turns_and_mostly_refer_back(some):
