@@ -239,7 +239,7 @@ def score(
         metrics: The loaded metric modules "cider", "caption_overlap" and "vqa_accuracy"; the seed is the bootstrap's.
 
     Returns:
-        By metric, each with n, the number of samples.
+        By metric, each with n, the number of samples, and n_by_score: not every sample has every score.
         CIDEr: CIDEr, what people's captions score (CIDEr_references) and at most could (CIDEr_ceiling), 0..10;
             BLEU-1..4 and ROUGE-L, 0..1.
         vqa_accuracy: vqa_accuracy, exact_match, per_answer_type, per_question_type (percent).
@@ -264,11 +264,10 @@ def score_each(
         for name, column in items.items():
             for place, value in zip(places, column, strict=True):
                 rows[place] |= {} if value is None else {name: value}
-        intervals = {
-            name: bootstrap_interval([value for value in column if value is not None], statistic_of(name), seed=seed)
-            for name, column in items.items()
-        }
-        scores[task] = {**values, "n": len(places), "interval_95": intervals}
+        given = {name: [value for value in column if value is not None] for name, column in items.items()}
+        intervals = {name: bootstrap_interval(each, statistic_of(name), seed=seed) for name, each in given.items()}
+        counts = {"n": len(places), "n_by_score": {name: len(each) for name, each in given.items()}}
+        scores[task] = {**values, **counts, "interval_95": intervals}
     return scores, rows
 
 

@@ -199,7 +199,7 @@ def _results(facts: CardFacts) -> str:
     for task, name, value, (low, high) in _scores(facts.metrics):
         beside = [facts.metrics[column].get(task, {}).get(name) for column in references]
         beside = ["" if other is None else f"{other:.4g}" for other in beside]
-        size = f"{facts.metrics[task]['n']:,}"
+        size = f"{facts.metrics[task].get('n_by_score', {}).get(name, facts.metrics[task]['n']):,}"
         rows.append([TASKS[task], name, f"**{value:.4g}**", f"{low:.4g} .. {high:.4g}", size, *beside])
     header = ["Task", "Score", "Value", "95 % interval", "n", *(name.replace("_", " ") for name in references)]
     notes = [

@@ -179,7 +179,8 @@ def _table(columns: Mapping[str, Any]) -> str:
         for name, (low, high) in numbers["interval_95"].items():
             beside = [other.get(task, {}).get(name) for _, other in others]
             beside = ["–" if value is None else f"{value:.2f}" for value in beside]
-            lines.append([task, name, f"{numbers[name]:.2f}", f"{low:.2f} .. {high:.2f}", f"{numbers['n']:,}", *beside])
+            count = numbers.get("n_by_score", {}).get(name, numbers["n"])
+            lines.append([task, name, f"{numbers[name]:.2f}", f"{low:.2f} .. {high:.2f}", f"{count:,}", *beside])
     rows = [
         "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line) + "</tr>"
         for line, tag in zip(lines, ["th"] + ["td"] * len(lines), strict=False)

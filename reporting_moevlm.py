@@ -63,7 +63,8 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         for name, (low, high) in numbers["interval_95"].items():
             beside = [other.get(task, {}).get(name) for _, other in others]
             beside = ["-" if value is None else f"{value:.2f}" for value in beside]
-            lines.append([task, name, f"{numbers[name]:.2f}", f"{low:.2f} .. {high:.2f}", str(numbers["n"]), *beside])
+            count = numbers.get("n_by_score", {}).get(name, numbers["n"])
+            lines.append([task, name, f"{numbers[name]:.2f}", f"{low:.2f} .. {high:.2f}", str(count), *beside])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -6,8 +6,7 @@
     python run_eval.py --predictions predictions_caption.json --data my.yaml --output_dir outputs/theirs
     python run_eval.py compare outputs/theirs outputs/eval
 
-Writes metrics.json, predictions_<task>.json (COCO results, VQA server form, dialogue turns), samples.jsonl (each sample
-with its scores), report.html with plots/, and samples.png.
+Writes metrics.json, predictions_<task>.json, samples.jsonl (each sample's scores), report.html, plots/ and samples.png.
 """
 
 import json
@@ -51,9 +50,9 @@ def main():
     state, tasks = PartialState(cpu=args.on_cpu), load_tasks(args.tasks, ROOT / "configs/tasks")
     with answers.warnings_of("moevlm") as notes, state.main_process_first():
         samples, problems = answers.checked(read_samples(args, tasks, args.part))
-        answers.settle(problems, skip=args.skip_bad_rows)
         fitting = bool(args.idf) and not Path(args.idf).exists()
         train = read_samples(args, tasks, "train") if args.blind or args.num_shots or fitting else []
+        answers.settle([*notes, *problems], skip=args.skip_bad_rows)
     samples = draw(samples, args.max_samples, args.seed)
     if args.predictions:
         given, wrong = answers.read_answers(Path(args.predictions), samples)
@@ -74,13 +73,14 @@ def main():
 
 def read_samples(args, tasks, part):
     """What the tasks ask of the part, in their words."""
-    rows = load_mixture(args.data, part, grouped=False, skip_bad_rows=args.skip_bad_rows)
+    rows = load_mixture(args.data, part, grouped=False, skip_bad_rows=True)  # `settle` stops the run, all counted
     if args.max_samples is not None and part != "train" and not isinstance(rows, datasets.Dataset):
         rows = rows.take(args.max_samples)
     samples = samples_from(rows)
     asked = [sample for task in tasks for sample in task.samples(samples)]
-    if not asked and part != "train":
-        raise ValueError(f"data={args.data}: {part} has no record for the tasks {', '.join(one.name for one in tasks)}")
+    lacking = [task.name for task in tasks if all(sample.task != task.name for sample in asked)]
+    if lacking and part != "train" and (args.tasks or not asked):
+        raise ValueError(f"data={args.data}: {part} has no record for the tasks {', '.join(lacking)}")
     return asked
 
 

@@ -278,6 +278,7 @@ def test_dialogue_scores_by_hand(metrics):
     # "left" against "on the left": precision 1, recall 1/3.
     assert scores["token_f1"] == pytest.approx((100 + 0 + 100 + 50) / 4)
     assert scores["n"] == 4
+    assert scores["n_by_score"] == {"turn_accuracy": 4, "refers_back_accuracy": 2, "token_f1": 4}
 
 
 def test_dialogues_that_never_refer_back_have_no_such_score(metrics):

@@ -29,6 +29,11 @@ def test_the_table_has_a_line_for_each_score_with_interval_and_other_columns_bes
     assert lines[2].split() == ["vqa", "vqa_accuracy", "90.00", "85.50", "..", "94.00", "30", "40.00"]
 
 
+def test_a_score_of_some_samples_only_stands_beside_their_number():
+    scores = {"vqa": SCORES["vqa"] | {"n_by_score": {"vqa_accuracy": 7}}}
+    assert table({"model": scores}).split()[-1] == "7"
+
+
 def test_every_picture_is_drawn_from_the_log_history(tmp_path):
     written = plot_run(HISTORY, tmp_path / "plots")
     assert sorted(path.name for path in written) == ["expert_load.png", "loss.png", "scores.png"]

@@ -254,8 +254,9 @@ def test_an_unknown_task_is_refused_before_the_model_is_loaded(evaluate):
 def test_a_task_that_nothing_in_the_data_answers_is_refused(evaluate, tmp_path, mixture):
     parts = {"test": [{"source": "scenes", "split": "test", "size": 3, "tasks": ["vqa"]}]}
     (tmp_path / "vqa.yaml").write_text(yaml.safe_dump(parts))
-    with pytest.raises(ValueError, match="test has no record for the tasks caption"):
-        evaluate("--tasks", "caption", data=str(tmp_path / "vqa.yaml"))
+    for tasks in (["caption"], ["vqa", "caption"]):
+        with pytest.raises(ValueError, match="test has no record for the tasks caption$"):
+            evaluate("--tasks", *tasks, data=str(tmp_path / "vqa.yaml"))
 
 
 def killed_after(monkeypatch, batches):
@@ -329,15 +330,16 @@ def test_bad_rows_of_the_data_stop_the_run_or_are_counted(evaluate, mixture, tmp
     content = json.loads((folder / "captions.json").read_text())
     content["images"].append({"id": 303, "file_name": "gone.png"})
     content["annotations"].append({"id": 3030, "image_id": 303, "caption": "a hole"})
+    content["annotations"].append({"id": 3031, "image_id": 303, "caption": " "})
     (folder / "bad.json").write_text(json.dumps(content))
     entry = {"source": "coco_captions", "annotations": "bad.json", "images": "."}
     (folder / "bad.yaml").write_text(yaml.safe_dump({"test": [entry, {**entry, "annotations": "captions.json"}]}))
-    with pytest.raises(FileNotFoundError, match="gone.png does not exist"):
-        evaluate(data=str(folder / "bad.yaml"))
+    with pytest.raises(ValueError, match=r"left out 2 bad rows(?s:.)*'caption' is ' '(?s:.)*gone.png does not exist"):
+        evaluate(data=str(folder / "bad.yaml"), model="outputs/nowhere")
     scores = read(evaluate("--skip_bad_rows", data=str(folder / "bad.yaml")), "metrics.json")
     problems = "; ".join(scores["problems"])
     assert scores["caption"]["n"] == 2
-    assert "left out 1 bad rows" in problems and "gone.png does not exist" in problems
+    assert "left out 2 bad rows" in problems and "gone.png does not exist" in problems
     assert "2 duplicate ids: caption 101, caption 202" in problems
 
 
@@ -397,15 +399,20 @@ def test_two_runs_are_compared(evaluate, capsys, monkeypatch, tmp_path):
     assert "CIDEr" not in capsys.readouterr().out
 
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_scores_of_one(evaluate, checkpoint, mixture, tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_give_the_scores_of_one(evaluate, checkpoint, mixture, tmp_path, launcher):
     alone = evaluate("--batch_size", "4", folder="alone")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", *launcher, str(ROOT / "run_eval.py")]
     flags = ["--model_name_or_path", checkpoint, "--data", mixture, "--output_dir", str(tmp_path / "both")]
     flags += ["--max_new_tokens", "3", "--batch_size", "4"]
     # No --device: on a machine without an accelerator the plain command must not start two runs of one process each.
     surroundings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*torchrun, str(ROOT / "run_eval.py"), *flags], check=True, env={**os.environ, **surroundings})
+    subprocess.run([*command, *flags], check=True, env={**os.environ, **surroundings})
     for name in ("predictions_caption.json", "predictions_vqa.json", "predictions_chat.json"):
         assert read(tmp_path / "both", name) == read(alone, name)
     together, single = (read(folder, "metrics.json") for folder in (tmp_path / "both", alone))
@@ -417,8 +424,8 @@ def test_two_processes_give_the_scores_of_one(evaluate, checkpoint, mixture, tmp
 def test_two_killed_processes_are_gone_on_with_by_one(evaluate, checkpoint, mixture, tmp_path):
     flags = ["--batch_size", "1", "--max_new_tokens", "40"]
     alone = evaluate(*flags, folder="alone")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, str(ROOT / "run_eval.py"), "--model_name_or_path", checkpoint, "--data", mixture]
+    command = [sys.executable, "-m", *TORCHRUN, str(ROOT / "run_eval.py")]
+    command += ["--model_name_or_path", checkpoint, "--data", mixture]
     command += ["--output_dir", str(tmp_path / "both"), "--device", "cpu", *flags]
     killed = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
