@@ -4,7 +4,7 @@
 Shapes: B batch, S sequence, N = B*S tokens, D hidden, E experts, K experts per token, F expert width.
 """
 
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import nn
@@ -53,24 +53,41 @@ def on_parameters(run, hide=False):
     return forward
 
 
-def automatic_experts(tokens, experts, weights, gate_up, down, act):
-    """The fastest form for this device, shape and purpose, if it is not torch.compile that looks."""
+def grouped_mm(experts, hidden_states, top_k_index, top_k_weights):
+    """[`grouped_mm_experts`], which can do without masks where no visit is skipped."""
+    run = partial(grouped_mm_experts, skips=experts._is_expert_parallel)
+    return on_parameters(run)(experts, hidden_states, top_k_index, top_k_weights)
+
+
+FEW_TOKENS = 128  # on CUDA: up to here nearly every weight is read anyway, or copying those of the visits is cheap
+
+
+def form_for(tokens, experts, gate_up):
+    """The fastest form for this device, shape and purpose; on CUDA and in graphs one that never waits for the host.
+
+    Returns:
+        One of the kernels' functions, or None: `decode_experts`, which torch.compile must not look into.
+    """
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if tokens.is_cuda and not torch.is_grad_enabled() and len(tokens) <= FEW_TOKENS:
+        # A copied weight is moved three times.
+        return batched_experts if 3 * experts.numel() < len(gate_up) else dense_experts
     if (tokens.is_cuda or exporting) and fits_grouped_mm(tokens, gate_up):
-        return grouped_mm_experts(tokens, experts, weights, gate_up, down, act)
-    run = dense_experts if exporting else decode_experts
-    return run(tokens, experts, weights, gate_up, down, act)
+        return grouped_mm_experts
+    return dense_experts if exporting else None
 
 
 def automatic(experts, hidden_states, top_k_index, top_k_weights):
-    """[`automatic_experts`], and what torch.compile shall see."""
-    shown = torch.compiler.is_exporting()
-    if hidden_states.is_cuda:
-        shown = shown or fits_grouped_mm(hidden_states, experts.gate_up_proj)
-    return (SHOWN if shown else HIDDEN)(experts, hidden_states, top_k_index, top_k_weights)
-
-
-SHOWN, HIDDEN = on_parameters(automatic_experts), on_parameters(automatic_experts, hide=True)
+    """What [`form_for`] chooses."""
+    routed = hidden_states, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj
+    run = form_for(hidden_states, top_k_index, routed[3])
+    if run is None:
+        if torch.compiler.is_compiling():
+            return opaque_experts(*routed, experts.act_name)
+        run = decode_experts
+    elif run is grouped_mm_experts:
+        run = partial(run, skips=experts._is_expert_parallel)
+    return run(*routed, experts.act_fn)
 
 
 class Implementations(ExpertsInterface):
@@ -83,7 +100,7 @@ class Implementations(ExpertsInterface):
         "dense": on_parameters(dense_experts),
     }
     # transformers 5 has its own by these names.
-    spare = {"batched_mm": on_parameters(batched_experts), "grouped_mm": on_parameters(grouped_mm_experts)}
+    spare = {"batched_mm": on_parameters(batched_experts), "grouped_mm": grouped_mm}
 
     def get_interface(self, name, default):
         """The function of that name, "auto" for None; "eager" is `default`.
@@ -119,6 +136,8 @@ class MoeVlmExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_name, self.act_fn = config.expert_act, activation(config.expert_act)
+        # How transformers 5 tells its expert kernels that the id `num_experts` occurs.
+        self._is_expert_parallel = False
         IMPLEMENTATIONS.get_interface(config._experts_implementation, None)
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
@@ -165,7 +184,6 @@ class MoeVlmSparseBlock(nn.Module):
         super().__init__()
         self.gate = MoeVlmRouter(config)
         self.experts = experts_class(config)
-        # How transformers 5 tells its expert kernels that the id `num_experts` occurs.
         self.skips_visits = config.router_top_p is not None or config.expert_capacity_factor is not None
         self.experts._is_expert_parallel = self.skips_visits
         self.shared_expert_mix = config.shared_expert_mix

@@ -45,19 +45,67 @@ def fits_grouped_mm(tokens, gate_up):
     return gate_up.shape[-1] % 8 == 0 and gate_up.shape[1] % 16 == 0
 
 
-def grouped_mm_experts(tokens, experts, weights, gate_up, down, act):
-    """PyTorch's own grouped matrix product between a sort and its inverse: no host synchronisation, fit for graphs."""
+def grouped_mm_experts(tokens, experts, weights, gate_up, down, act, skips=True):
+    """PyTorch's own grouped matrix product between a sort and its inverse: no host synchronisation, fit for graphs.
+
+    `skips`: whether `experts` may hold the id E; the product leaves the rows of such visits unwritten.
+    """
     num_experts, dtype = gate_up.shape[0], product_dtype(tokens, gate_up)
-    ids, order = experts.flatten().sort(stable=True)  # (N*K,) both
+    ids, order = experts.flatten().sort(stable=True)  # (V,) both
     ends = torch.searchsorted(ids, torch.arange(num_experts, device=ids.device), right=True, out_int32=True)  # (E,)
-    skipped = (ids >= num_experts).unsqueeze(-1)  # (N*K, 1); the product leaves these rows unwritten
-    rows = tokens.to(dtype)[order // experts.shape[-1]].masked_fill(skipped, 0.0)  # (N*K, D)
-    both = F.grouped_mm(rows, gate_up.to(dtype).transpose(1, 2), offs=ends).masked_fill(skipped, 0.0)  # (N*K, 2F)
-    gate, up = both.chunk(2, dim=-1)
-    outputs = F.grouped_mm(act(gate) * up, down.to(dtype).transpose(1, 2), offs=ends).masked_fill(skipped, 0.0)
-    places = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
-    outputs = outputs[places].unflatten(0, experts.shape)  # (N, K, D)
-    return (outputs * weights.unsqueeze(-1)).sum(1).to(tokens.dtype)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    places = places.view_as(experts)  # (N, K)
+
+    def written(rows):
+        return rows.masked_fill((ids >= num_experts).unsqueeze(-1), 0.0) if skips else rows
+
+    learns = torch.is_grad_enabled()
+    visited = VisitedRows.apply if learns else VisitedRows.of
+    summed = WeightedSum.apply if learns else WeightedSum.of
+    rows = written(visited(tokens.to(dtype), order // experts.shape[-1], places))  # (V, D)
+    gate, up = written(F.grouped_mm(rows, gate_up.to(dtype).transpose(1, 2), offs=ends)).chunk(2, dim=-1)  # (V, F)
+    rows = written(F.grouped_mm(act(gate) * up, down.to(dtype).transpose(1, 2), offs=ends))  # (V, D)
+    return summed(rows, weights.to(dtype), order, places).to(tokens.dtype)
+
+
+class VisitedRows(torch.autograd.Function):
+    """The token's row for each sorted visit; its gradient is a sum of K rows a token, not a scatter of V."""
+
+    @staticmethod
+    def of(tokens, token, places):
+        """`(N, D)`, `(V,)` and `(N, K)` -> `(V, D)`."""
+        return tokens.index_select(0, token)
+
+    @staticmethod
+    def forward(ctx, tokens, token, places):
+        ctx.save_for_backward(places)
+        return VisitedRows.of(tokens, token, places)
+
+    @staticmethod
+    def backward(ctx, grad_rows):
+        (places,) = ctx.saved_tensors
+        return F.embedding_bag(places, grad_rows.contiguous(), mode="sum"), None, None
+
+
+class WeightedSum(torch.autograd.Function):
+    """Each token's weighted sum of its K visits' rows, in one pass over the rows forward and in two backward."""
+
+    @staticmethod
+    def of(rows, weights, order, places):
+        """`(V, D)`, `(N, K)`, `(V,)` and `(N, K)` -> `(N, D)`."""
+        return F.embedding_bag(places, rows, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    def forward(ctx, rows, weights, order, places):
+        ctx.save_for_backward(rows, weights, order, places)
+        return WeightedSum.of(rows, weights, order, places)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        rows, weights, order, places = ctx.saved_tensors
+        grad = grad_output.index_select(0, order // weights.shape[-1])  # (V, D)
+        grad_weights = (rows * grad).sum(-1)[places]
+        return grad * weights.flatten()[order].unsqueeze(-1), grad_weights, None, None
 
 
 # Operators, so that torch.compile sees one node where shapes depend on the routing. A second copy of this file (code of

@@ -6,7 +6,6 @@ from conftest import tiny_config
 from test_kernels import FORMS, assert_same, outputs_and_gradients, visits
 
 from moevlm import benchmarking_moevlm as bench
-from moevlm.experts_moevlm import MoeVlmSparseBlock
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.peers_moevlm import OURS, Shape, blocks
 
@@ -88,14 +87,32 @@ def test_no_implementation_is_faster_than_the_floor():
     assert times[""] > bench.floor("forward", block, inputs, ceilings)
 
 
-@torch.no_grad()
-def test_a_block_in_bfloat16_routes_in_float32_and_runs_without_waiting_for_the_host():
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 600])
+def test_a_block_in_bfloat16_never_waits_for_the_host(tokens, learns):
     block = blocks(Shape(64, 32, 8, 2), torch.bfloat16, "cuda")[OURS]
-    assert isinstance(block, MoeVlmSparseBlock)
-    states = torch.randn(1, 16, 64, device="cuda", dtype=torch.bfloat16)
-    block(states)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        block(states)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    states = torch.randn(1, tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=learns)
+    for mode in ("default", "error"):  # the first call may load kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.set_grad_enabled(learns):
+                output = block(states)
+            if learns:
+                output.backward(torch.ones_like(output))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_grouped_product_gives_the_gradients_of_autograd_at_a_real_size():
+    block = blocks(Shape(256, 128, 16, 4), torch.bfloat16, "cuda")[OURS]
+    found = {}
+    for name in ("grouped_mm", "eager"):
+        block.experts.config._experts_implementation = name
+        states = torch.randn(1, 700, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        states = states.bfloat16().requires_grad_()
+        block.zero_grad()
+        output = block(states)
+        output.backward(torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output).bfloat16())
+        found[name] = output.detach(), states.grad, block.gate.weight.grad, block.experts.gate_up_proj.grad
+    for one, other in zip(*found.values()):
+        assert (one.float() - other.float()).norm() < 0.02 * other.float().norm()  # bf16 keeps 8 bits
