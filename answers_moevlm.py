@@ -176,7 +176,8 @@ def read_answers(path: Path, samples: Sequence[Any]) -> tuple[dict[tuple[str, st
 
     Args:
         path: A file in COCO's result form, the VQA server's form or ours for dialogues, or a folder of
-            `predictions_<task>.json`. A file is of the task in its name, else of the only task with its keys.
+            `predictions_<task>.json`. A file is of the task in its name; one given by itself may have another name,
+            and is then of the only task with its keys.
 
     Raises:
         ValueError: A file that is not a list of such rows, or of no task.
@@ -185,9 +186,11 @@ def read_answers(path: Path, samples: Sequence[Any]) -> tuple[dict[tuple[str, st
     if not files or not files[0].is_file():
         raise ValueError(f"predictions={path}: no such file, nor a folder with predictions_<task>.json; check the path")
     known = {(sample.task, sample.id) for sample in samples}
+    named = {f"predictions_{task}.json" for task, _ in known}
+    others = [file for file in files if path.is_dir() and file.name not in named]
     answers: dict[tuple[str, str], str] = {}
     twice, strange = [], []
-    for file in files:
+    for file in [each for each in files if each not in others]:
         for key, answer in _rows(file, samples):
             if key not in known:
                 strange.append(" ".join(key))
@@ -197,6 +200,7 @@ def read_answers(path: Path, samples: Sequence[Any]) -> tuple[dict[tuple[str, st
                 answers[key] = answer
     missing = [f"{sample.task} {sample.id}" for sample in samples if (sample.task, sample.id) not in answers]
     found = [
+        Problem("files of no asked task", [file.name for file in others]),
         Problem("predictions without references", strange),
         Problem("duplicate predictions", twice),
         Problem("samples without a prediction", missing),

@@ -46,6 +46,12 @@ class EvalArguments:
     )
     seed: int = field(default=0, metadata={"help": "Draws samples, examples, noise and the bootstrap."})
 
+    def __post_init__(self) -> None:
+        for name, least in {"batch_size": 1, "num_shots": 0, "max_samples": 1, "max_new_tokens": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} is too small; give at least {least}")
+
     @property
     def on_cpu(self) -> bool:
         """Whether the CPU answers: asked for, or all there is; accelerate joins processes of CPUs only if told."""

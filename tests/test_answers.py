@@ -133,6 +133,14 @@ def test_predictions_that_do_not_fit_are_named_and_counted(tmp_path, samples):
     ]
 
 
+def test_a_folders_file_of_no_asked_task_is_named_and_never_taken_for_another(tmp_path, samples):
+    for name in ("vqa", "short"):
+        (tmp_path / f"predictions_{name}.json").write_text(json.dumps([{"question_id": "q1", "answer": name}]))
+    found, problems = answers.read_answers(tmp_path, [sample for sample in samples if sample.task == "vqa"])
+    assert found == {("vqa", "q1"): "vqa"}
+    assert [str(problem) for problem in problems] == ["1 files of no asked task: predictions_short.json"]
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

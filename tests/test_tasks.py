@@ -28,6 +28,15 @@ def test_the_cpu_answers_where_asked_or_where_nothing_else_is(monkeypatch, devic
     assert EvalArguments(device=device).on_cpu is expected
 
 
+@pytest.mark.parametrize(
+    "flags", [{"batch_size": 0}, {"num_shots": -1}, {"max_samples": 0}, {"max_new_tokens": 0}, {"seed": -1}]
+)
+def test_a_number_below_its_bound_is_named(flags):
+    ((name, value),) = flags.items()
+    with pytest.raises(ValueError, match=f"{name}={value} is too small; give at least {value + 1}"):
+        EvalArguments(**flags)
+
+
 def test_the_tasks_of_the_repository_ask_as_training_scores():
     tasks = load_tasks([], TASKS)
     assert {task.name for task in tasks} == {"caption", "vqa", "chat"}
