@@ -208,11 +208,15 @@ def read_answers(path: Path, samples: Sequence[Any]) -> tuple[dict[tuple[str, st
     return answers, [problem for problem in found if problem.ids]
 
 
-def _rows(file: Path, samples: Sequence[Any]) -> Iterator[tuple[tuple[str, str], str]]:
+def _json(path: Path) -> Any:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: is not valid JSON ({error}); write it again") from None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not valid JSON ({error}); write it again") from None
+
+
+def _rows(file: Path, samples: Sequence[Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    rows = _json(file)
     forms = {sample.task: form(sample) for sample in samples}
     task = file.stem.removeprefix("predictions_")
     if task not in forms:
@@ -271,10 +275,10 @@ def idf_table(path: Path, train: Sequence[Any], make: Callable[[Sequence[Sequenc
         make: Makes a table of lists of captions: the metric's `document_frequencies`.
 
     Raises:
-        ValueError: There is neither such a file nor a caption to make it of.
+        ValueError: There is neither such a file nor a caption to make it of, or the file is not JSON.
     """
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _json(path)
     captions = [list(sample.references) for sample in train if sample.metric == "CIDEr" and sample.references]
     if not captions:
         raise ValueError(f"idf={path} does not exist, and the train part has no captions to make it of; add some there")

@@ -209,6 +209,9 @@ def test_an_idf_table_is_made_once_and_read_afterwards(tmp_path, samples):
     assert made == [[["a dog", "one dog"], ["a cat"]]]
     with pytest.raises(ValueError, match="the train part has no captions to make it of"):
         answers.idf_table(tmp_path / "other.json", samples[2:], make)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="idf.json: is not valid JSON"):
+        answers.idf_table(path, samples, make)
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
