@@ -240,8 +240,8 @@ def score(
 
     Returns:
         By metric, each with n, the number of samples, and n_by_score: not every sample has every score.
-        CIDEr: CIDEr, what people's captions score (CIDEr_references) and at most could (CIDEr_ceiling), 0..10;
-            BLEU-1..4 and ROUGE-L, 0..1.
+        CIDEr: CIDEr, what people's captions score against the others (CIDEr_references), and what a copy of each
+            picture's best one would (CIDEr_ceiling), 0..10; BLEU-1..4 and ROUGE-L, 0..1.
         vqa_accuracy: vqa_accuracy, exact_match, per_answer_type, per_question_type (percent).
         turn_accuracy: turn_accuracy, refers_back_accuracy, token_f1 (percent).
     """

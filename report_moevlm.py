@@ -35,6 +35,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 1080px; padding: 1.5rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; } h3 { font-size: 1rem; }
 .soft { color: var(--soft); }
+li { white-space: pre-line; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -187,9 +188,7 @@ def _table(columns: Mapping[str, Any]) -> str:
     ]
     scales = "Accuracies and F1 are percentages; CIDEr is 0..10 (papers print it times 100), BLEU and ROUGE-L are 0..1."
     ceilings = [numbers["CIDEr_ceiling"] for numbers in scores.values() if "CIDEr_ceiling" in numbers]
-    scales += "".join(
-        f" The best that any caption can get on these references is CIDEr {high:.2f}." for high in ceilings
-    )
+    scales += "".join(f" A copy of each picture's best reference would get CIDEr {high:.2f}." for high in ceilings)
     return f'<div class="scroll"><table>{"".join(rows)}</table></div><p class="soft">{scales}</p>'
 
 

@@ -81,8 +81,9 @@ def test_the_table_tells_each_score_its_interval_and_the_baselines(columns, rows
     text = Reader(make(columns, rows)).text
     for cell in ("vqa_accuracy", "75.00", "62.50 .. 87.50", "31.25", "on noise instead of pictures"):
         assert cell in text
-    columns["test"]["vqa"]["n_by_score"] = {"vqa_accuracy": 1234}
-    assert "1,234" in Reader(make(columns, rows)).text
+    columns["test"]["vqa"] |= {"n_by_score": {"vqa_accuracy": 1234}, "CIDEr_ceiling": 7.5}
+    text = Reader(make(columns, rows)).text
+    assert "1,234" in text and "A copy of each picture's best reference would get CIDEr 7.50." in text
 
 
 def test_the_worst_and_the_best_samples_are_shown_with_their_pictures(columns, rows):
