@@ -246,11 +246,5 @@ class MoeVlmRouter(nn.Module):
             self.e_score_correction_bias = bias.float().to(self.e_score_correction_bias.device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        name = prefix + "e_score_correction_bias"
-        if name in state_dict:
-            state_dict[name] = state_dict[name].float()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 __all__ = ["MoeVlmCapacity", "MoeVlmRouter", "MoeVlmSelection", "Routing", "log_probabilities"]
