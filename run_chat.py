@@ -5,9 +5,12 @@
     python run_chat.py --model_name_or_path outputs/demo --question "Describe the picture." "how many shapes are there?"
 
 Without a picture one is drawn. At the prompt, `/image PATH` shows another picture, `/new` starts again, an empty line
-ends. `--question` asks one question after the other and exits.
+ends. `--question` asks one question after the other and exits. `--web` serves a page on this machine instead, to which
+pictures can be dragged; it needs gradio: `pip install -r requirements.txt gradio==5.49.1` (or -v5.txt and 6.31.0).
 """
 
+import importlib.util
+import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +18,8 @@ from transformers import AutoProcessor, GenerationConfig, HfArgumentParser, Text
 
 from moevlm import AutoModelForVision2Seq
 from moevlm.scenes_moevlm import captions, picture, scenes
+
+PICTURE_ALONE = "Describe the picture."
 
 
 @dataclass
@@ -26,21 +31,28 @@ class ChatArguments:
     question: list[str] = field(default_factory=list, metadata={"help": "Ask these and exit, instead of a prompt."})
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens of an answer at most."})
     temperature: float = field(default=0.0, metadata={"help": "0 always takes the likeliest token."})
+    web: bool = field(default=False, metadata={"help": "Serve a page with a chat on this machine (needs gradio)."})
+    port: int = field(default=7860, metadata={"help": "Of the page."})
     seed: int = field(default=0, metadata={"help": "Of the drawn picture and of sampling."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps, ..."})
 
 
 def main():
     (args,) = HfArgumentParser(ChatArguments).parse_args_into_dataclasses()
+    if args.web and importlib.util.find_spec("gradio") is None:
+        raise ImportError("--web needs gradio; run: pip install -r requirements.txt gradio==5.49.1")
     torch.manual_seed(args.seed)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     model = AutoModelForVision2Seq.from_pretrained(args.model_name_or_path).to(args.device).eval()
+    if args.web:
+        Page(lambda: Conversation(model, processor, args)).launch(args.port)
+        return
     conversation = Conversation(model, processor, args)
     conversation.show(args.image or [drawn_picture(args.seed)])
     for question in args.question or typed_lines(conversation):
         if args.question:
             print(f"> {question}")
-        conversation.ask(question)
+        conversation.ask(question, TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 
 def drawn_picture(seed):
@@ -87,8 +99,8 @@ class Conversation:
         """Put pictures (paths or PIL) in front of the next question."""
         self.waiting += [{"type": "image", "image": image} for image in images]
 
-    def ask(self, question):
-        """Stream the answer to standard output and remember it."""
+    def ask(self, question, streamer=None):
+        """The answer, which is remembered; a `streamer` gets its words as they come."""
         content = [*self.waiting, {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [*self.messages, {"role": "user", "content": content}],
@@ -97,7 +109,6 @@ class Conversation:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
-        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = self.model.generate(**inputs, generation_config=self.generation_config, streamer=streamer)
         answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.messages += [
@@ -105,6 +116,37 @@ class Conversation:
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
         self.waiting = []
+        return answer
+
+
+class Page:
+    """A page with a chat; each visitor has a conversation of their own.
+
+    Args:
+        begin: Gives a new [`Conversation`].
+    """
+
+    def __init__(self, begin):
+        self.begin, self.conversations = begin, {}
+
+    def answer(self, message, history, visitor):
+        """The answer to a message `{"text", "files"}`; an empty history starts the visitor's conversation anew."""
+        if not history or visitor not in self.conversations:
+            self.conversations[visitor] = self.begin()
+        conversation = self.conversations[visitor]
+        conversation.show(message["files"])
+        return conversation.ask(message["text"] or PICTURE_ALONE)
+
+    def launch(self, port):
+        """Serve the page until interrupted."""
+        import gradio
+
+        def answer(message, history, request: gradio.Request):
+            return self.answer(message, history, request.session_hash)
+
+        # gradio 6 knows no other form and no such argument.
+        form = {"type": "messages"} if "type" in inspect.signature(gradio.ChatInterface).parameters else {}
+        gradio.ChatInterface(answer, multimodal=True, title="MoeVlm", **form).launch(server_port=port)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""The chat: what it remembers, whom it mixes up with nobody, and its page."""
+
+import sys
+from itertools import cycle
+
+import pytest
+from conftest import tiny_config
+from PIL import Image
+
+import run_chat
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
+from moevlm.processing_moevlm import build_processor, train_tokenizer
+from run_chat import ChatArguments, Conversation, Page
+
+
+@pytest.fixture(scope="module")
+def begin():
+    """A function that begins a conversation with one tiny model."""
+    config = tiny_config(vocab_size=300)
+    tokenizer = train_tokenizer(["what is it? a red circle"], 300)
+    for part in (config, config.text_config):
+        part.pad_token_id, part.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config.text_config.vocab_size = len(tokenizer)
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    model = MoeVlmForConditionalGeneration(config).eval()
+    processor = build_processor(config, tokenizer)
+    arguments = ChatArguments(model_name_or_path="", max_new_tokens=4)
+    return lambda: Conversation(model, processor, arguments)
+
+
+def roles_and_parts(conversation):
+    return [(message["role"], [part["type"] for part in message["content"]]) for message in conversation.messages]
+
+
+def test_a_conversation_remembers_pictures_questions_and_answers(begin):
+    conversation = begin()
+    conversation.show([Image.new("RGB", (32, 32), "red")])
+    first, second = conversation.ask("what is it?"), conversation.ask("is it red?")
+    assert roles_and_parts(conversation) == [
+        ("user", ["image", "text"]), ("assistant", ["text"]), ("user", ["text"]), ("assistant", ["text"])
+    ]  # fmt: skip
+    assert [message["content"][0]["text"] for message in conversation.messages[1::2]] == [first, second]
+
+
+def test_each_visitor_of_the_page_has_a_conversation_and_an_empty_history_starts_anew(begin, tmp_path):
+    picture = str(tmp_path / "red.png")
+    Image.new("RGB", (32, 32), "red").save(picture)
+    page = Page(begin)
+    page.answer({"text": "", "files": [picture]}, [], "ann")
+    page.answer({"text": "what is it?", "files": []}, [], "bob")
+    page.answer({"text": "is it red?", "files": []}, ["earlier turns"], "ann")
+    ann, bob = page.conversations["ann"], page.conversations["bob"]
+    assert [kinds for _, kinds in roles_and_parts(ann)] == [["image", "text"], ["text"], ["text"], ["text"]]
+    assert ann.messages[0]["content"][1]["text"] == run_chat.PICTURE_ALONE
+    assert len(bob.messages) == 2
+    page.answer({"text": "what is it?", "files": []}, [], "ann")
+    assert len(page.conversations["ann"].messages) == 2
+
+
+def test_the_prompt_shows_pictures_and_starts_again(begin, monkeypatch):
+    lines = cycle(["/image red.png", "what is it?", "/new", ""])
+    monkeypatch.setattr(run_chat, "read_line", lambda: next(lines))
+    conversation = begin()
+    questions = run_chat.typed_lines(conversation)
+    assert next(questions) == "what is it?" and conversation.waiting == [{"type": "image", "image": "red.png"}]
+    conversation.messages.append("anything")
+    assert list(questions) == [] and conversation.messages == []
+
+
+def test_the_page_without_gradio_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_chat.py", "--model_name_or_path", "nowhere", "--web"])
+    monkeypatch.setattr(run_chat.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="--web needs gradio; run: pip install"):
+        run_chat.main()
