@@ -326,18 +326,18 @@ def listed(path: Path, key: str) -> list[tuple[str, Any]]:
 
 
 def answers_in(value: Any) -> list[str]:
-    """Give the texts of an answer, of a list of answers, or of VQAv2's list of {"answer"}."""
+    """Give the texts of an answer, of a list of answers (empty ones are padding), or of VQAv2's list of {"answer"}."""
     values = value if isinstance(value, list) else [value]
     texts = [one.get("answer") if isinstance(one, dict) else one for one in values]
     texts = [str(text).strip() for text in texts if isinstance(text, str | int | float)]
     if not any(texts):
         raise RowError(f"has no answer ({value!r}); give it one")
-    return [text for text in texts if text]
+    return [text for text in texts if text or isinstance(values[0], dict)]  # VQAv2: an annotator without an answer
 
 
 def most_common(texts: list[str]) -> str:
-    """Give the most frequent text, the first of equals."""
-    return Counter(texts).most_common(1)[0][0]
+    """Give the most frequent text that is not empty, the first of equals."""
+    return Counter(filter(None, texts)).most_common(1)[0][0]
 
 
 def records_of(units: Iterable[Unit], rows: Rows) -> Iterator[dict[str, Any]]:

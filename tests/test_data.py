@@ -13,9 +13,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from moevlm import answers_moevlm as answers
 from moevlm import records_moevlm, scenes_moevlm
 from moevlm.data_moevlm import load_mixture, mixture_parts
 from moevlm.dialogues_moevlm import dialogue
+from moevlm.evaluation_moevlm import samples_from
 from moevlm.records_moevlm import Rows
 from moevlm.sources_moevlm import EasyVqa
 
@@ -213,6 +215,19 @@ def test_vqav2_questions_on_one_picture_are_learned_as_turns_of_one_record(tmp_p
 def test_vqav2_without_a_chosen_answer_learns_the_most_common(tmp_path, vqa):
     change(tmp_path / "a.json", lambda c: [row.pop("multiple_choice_answer") for row in c["annotations"]])
     assert texts(load(tmp_path, vqa)[0])[1] == ("assistant", "cat")
+
+
+def test_vqav2_counts_an_annotator_who_gave_no_answer(tmp_path, vqa):
+    def leave_out(content):
+        for row in content["annotations"]:
+            del row["multiple_choice_answer"]
+            row["answers"] = [{"answer": ""}] * 8 + [{"answer": "cat"}] * 2
+
+    change(tmp_path / "a.json", leave_out)
+    record = load(tmp_path, vqa)[0]
+    assert record["answers"] == [""] * 8 + ["cat"] * 2 and texts(record)[1] == ("assistant", "cat")
+    kept, problems = answers.checked(samples_from([record]))
+    assert len(kept) == 1 and not problems
 
 
 @pytest.mark.parametrize(
