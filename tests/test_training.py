@@ -12,7 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from PIL import Image
-from transformers import HfArgumentParser, TrainerCallback, set_seed
+from transformers import HfArgumentParser, Trainer, TrainerCallback, set_seed
 
 from moevlm.checkpoints_moevlm import finish
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
@@ -537,6 +537,16 @@ def test_a_trained_adapter_reloads_and_merges_to_the_same_logits(tmp_path, proce
     assert torch.equal(logits(reloaded), trained)
     # W + BA rounded once instead of (Wx + BAx).
     torch.testing.assert_close(logits(reloaded.merge_and_unload()), trained, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_image_words_are_refused_where_the_head_is_in_parts(tmp_path, processor, rows, monkeypatch, engine):
+    made = Trainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(
+        Trainer, "create_accelerator_and_postprocess", lambda self: (made(self), setattr(self, engine, True))
+    )
+    with pytest.raises(ValueError, match="image_words_steps=2 .* train with DDP"):
+        trainer_of(small_model(), rows, processor, arguments(tmp_path, image_words_steps=2))
 
 
 # Ranks
