@@ -285,8 +285,8 @@ class MoeVlmTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.image_words_steps and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                f"image_words_steps={self.args.image_words_steps} asks the LM head outside of the model's forward, where "
-                "FSDP and DeepSpeed may hold a part of it; set it to 0, or train with DDP"
+                f"image_words_steps={self.args.image_words_steps} asks the LM head outside of the forward, where FSDP "
+                "and DeepSpeed may hold a part of it; set it to 0, or train with DDP"
             )
         self.score_fn = score_fn
         self.router_window = RouterWindow(sparse_layers(self.model.config))
