@@ -76,10 +76,11 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
     """
     arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
     if segment_ids is not None:
+        keys = segment_ids.unsqueeze(1)  # (B, 1, S)
+        visible = (keys == 0) | (keys == segment_ids.unsqueeze(2))  # (B, S, S)
 
         def same_segment(batch, head, query, key):
-            segment = segment_ids[batch, key]
-            return (segment == 0) | (segment == segment_ids[batch, query])
+            return visible[batch, query, key]
 
         # Positions that start again would be read as packed sequences, which segments already describe.
         arguments.update(and_mask_function=same_segment, position_ids=None)

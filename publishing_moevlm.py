@@ -204,8 +204,9 @@ def _results(facts: CardFacts) -> str:
     header = ["Task", "Score", "Value", "95 % interval", "n", *(name.replace("_", " ") for name in references)]
     notes = [
         "Accuracies and F1 are percentages. CIDEr is on coco-caption's scale, 0..10 (papers print it times 100); BLEU "
-        "and ROUGE-L are 0..1. `blind` is the same model with noise for pictures, `question only` the commonest "
-        "training answer to the same words: what a model reaches without looking."
+        "and ROUGE-L are 0..1. `blind` is the same model with noise for pictures, on at most 1,000 samples of each "
+        "task in training and on all in evaluation, `question only` the commonest training answer to the same words: "
+        "what a model reaches without looking."
     ]
     for kind in ("answer_type", "question_type"):
         parts = facts.metrics.get("vqa", {}).get(f"per_{kind}") or {}
