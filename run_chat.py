@@ -6,7 +6,7 @@
 
 Without a picture one is drawn. At the prompt, `/image PATH` shows another picture, `/new` starts again, an empty line
 ends. `--question` asks one question after the other and exits. `--web` serves a page on this machine instead, to which
-pictures can be dragged; it needs gradio: `pip install -r requirements.txt gradio==5.49.1` (or -v5.txt and 6.31.0).
+pictures can be dragged; it needs gradio: `pip install gradio==5.49.1`, on transformers 5 `gradio==6.31.0`.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ class ChatArguments:
 def main():
     (args,) = HfArgumentParser(ChatArguments).parse_args_into_dataclasses()
     if args.web and importlib.util.find_spec("gradio") is None:
-        raise ImportError("--web needs gradio; run: pip install -r requirements.txt gradio==5.49.1")
+        raise ImportError("--web needs gradio; run: pip install gradio==5.49.1 (transformers 5: gradio==6.31.0)")
     torch.manual_seed(args.seed)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     model = AutoModelForVision2Seq.from_pretrained(args.model_name_or_path).to(args.device).eval()
