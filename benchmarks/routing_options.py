@@ -1,0 +1,122 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""Train one recipe with each way to route, several seeds each: a Markdown table of scores, load, entropy and time.
+
+    python benchmarks/routing_options.py --recipe configs/recipes/demo.yaml --seeds 0 1 2 --output_dir outputs/routing
+    python benchmarks/routing_options.py --options softmax dense --seeds 0 --extra "--max_steps 500"
+
+A run that is there already is not trained again, so an interrupted comparison goes on where it stopped. Every run is a
+`run_finetune.py` with the recipe's architecture and the option's fields in its `text_config`.
+"""
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+ROOT = Path(__file__).resolve().parent.parent
+# One change each from the recipe's own router: softmax, top-2 of 8, balance loss and z-loss.
+OPTIONS = {
+    "softmax": {},
+    "no balance loss": {"router_aux_loss_coef": 0.0},
+    "no z-loss": {"router_z_loss_coef": 0.0},
+    "top-1": {"num_experts_per_tok": 1},
+    "sigmoid": {"scoring_func": "sigmoid"},
+    "loss-free": {"scoring_func": "sigmoid", "use_router_bias": True, "router_aux_loss_coef": 0.0},
+    "groups": {"n_group": 4, "topk_group": 2},
+    "dynamic width": {"router_top_p": 0.6, "router_local_entropy_coef": 0.01},
+    "modality mask": {"expert_modalities": ["shared"] * 4 + ["image"] * 2 + ["text"] * 2},
+    "shared expert": {"num_experts_per_tok": 1, "n_shared_experts": 1},
+    "dense": {"moe_layers": "none"},
+}
+
+
+@dataclass
+class ComparisonArguments:
+    """What to train, how often, and where it goes."""
+
+    recipe: str = field(default=str(ROOT / "configs/recipes/demo.yaml"), metadata={"help": "Recipe of every run."})
+    options: list[str] = field(default_factory=lambda: list(OPTIONS), metadata={"help": f"Any of {list(OPTIONS)}."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run each."})
+    processes: int = field(default=2, metadata={"help": "Of torchrun."})
+    extra: str = field(default="", metadata={"help": "More flags of run_finetune.py, in quotes."})
+    output_dir: str = field(default="outputs/routing", metadata={"help": "A folder for each run goes here."})
+
+
+def main():
+    (args,) = HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses()
+    if unknown := set(args.options) - set(OPTIONS):
+        raise ValueError(f"options={sorted(unknown)} are unknown; take any of {', '.join(OPTIONS)}")
+    runs = [(option, seed) for option in args.options for seed in args.seeds]
+    found = {option: [] for option in args.options}
+    for option, seed in tqdm(runs, desc="training"):
+        folder = Path(args.output_dir) / f"{option.replace(' ', '-')}-{seed}"
+        if not (folder / "metrics.json").exists():
+            train(args, OPTIONS[option], seed, folder)
+        found[option].append(numbers(folder))
+    text = table(found)
+    (Path(args.output_dir) / "routing.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def architecture(recipe, changes):
+    """The recipe's config as a dict, with `changes` in its decoder."""
+    path = Path(recipe)
+    named = yaml.safe_load(path.read_text(encoding="utf-8")).get("config")
+    config = json.loads((path.parent / named if named else ROOT / "configs/tiny.json").read_text(encoding="utf-8"))
+    config["text_config"].update(changes)
+    return config
+
+
+def train(args, changes, seed, folder):
+    """One run into `folder`; its output stands in `folder/log.txt`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "architecture.json"
+    config.write_text(json.dumps(architecture(args.recipe, changes), indent=2) + "\n", encoding="utf-8")
+    flags = ["--recipe", args.recipe, "--config", str(config), "--seed", str(seed), "--output_dir", str(folder)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.processes), "--standalone"]
+    command += [str(ROOT / "run_finetune.py"), *flags, "--overwrite_output_dir", *shlex.split(args.extra)]
+    with (folder / "log.txt").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+
+
+def numbers(folder):
+    """What one run reached: scores by name, its routers' state at the last log, seconds of training."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    last = next((entry for entry in reversed(history) if "expert_load" in entry), {"expert_load": {}})
+    loads = last["expert_load"].items()
+    entropies = [value for name, value in last.items() if name.startswith("router_entropy_")]
+    return {
+        "VQA": metrics["vqa"]["vqa_accuracy"],
+        "CIDEr": metrics["caption"]["CIDEr"],
+        "turns": metrics["chat"]["turn_accuracy"],
+        # 1 is even; E is one expert for all.
+        "largest load": max((max(load) * len(load) / sum(load) for _, load in loads), default=None),
+        "entropy": statistics.fmean(entropies) if entropies else None,
+        "seconds": metrics["training"]["train_seconds"],
+    }
+
+
+def table(found):
+    """A Markdown table: for each option the mean of its runs, and their range in brackets."""
+    columns = list(next(runs for runs in found.values() if runs)[0])
+    lines = ["| router | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for option, runs in found.items():
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs if run[column] is not None]
+            shown = f"{statistics.fmean(values):.2f} ({min(values):.2f} .. {max(values):.2f})" if values else "-"
+            cells.append(shown)
+        lines.append(f"| {option} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

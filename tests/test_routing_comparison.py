@@ -1,0 +1,55 @@
+"""The comparison of routers: each option is a model that differs as it says; the table says what the runs reached."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from moevlm.configuration_moevlm import MoeVlmConfig
+from moevlm.summary_moevlm import sparse_layers
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = importlib.util.spec_from_file_location("routing_options", ROOT / "benchmarks/routing_options.py")
+comparison = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(comparison)
+
+
+@pytest.mark.parametrize("recipe", ["demo", "scenes"])
+@pytest.mark.parametrize("option", comparison.OPTIONS)
+def test_an_option_is_a_valid_architecture_that_holds_its_fields(option, recipe):
+    made = comparison.architecture(ROOT / f"configs/recipes/{recipe}.yaml", comparison.OPTIONS[option])
+    config = MoeVlmConfig.from_dict(made)
+    for name, value in comparison.OPTIONS[option].items():
+        assert name == "moe_layers" or getattr(config.text_config, name) == value
+    assert bool(sparse_layers(config)) == (option != "dense")
+
+
+def run(folder, vqa, load):
+    folder.mkdir(parents=True)
+    metrics = {"vqa": {"vqa_accuracy": vqa}, "caption": {"CIDEr": 1.0}, "chat": {"turn_accuracy": 50.0}}
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "training": {"train_seconds": 7.0}}))
+    entries = [{"expert_load": {"decoder.0": load}, "router_entropy_decoder.0": 1.5}, {"loss": 1.0}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+
+
+def test_runs_that_are_there_are_read_and_not_trained_again(tmp_path, monkeypatch, capsys):
+    run(tmp_path / "softmax-0", 90.0, [0.5, 0.25, 0.25, 0.0])
+    run(tmp_path / "softmax-1", 92.0, [0.25, 0.25, 0.25, 0.25])
+    flags = f"routing_options.py --options softmax --seeds 0 1 --output_dir {tmp_path}"
+    monkeypatch.setattr(sys, "argv", flags.split())
+    monkeypatch.setattr(comparison.subprocess, "run", None)
+    comparison.main()
+    line = (tmp_path / "routing.md").read_text().splitlines()[2]
+    assert line == (
+        "| softmax | 2 | 91.00 (90.00 .. 92.00) | 1.00 (1.00 .. 1.00) | 50.00 (50.00 .. 50.00) | 1.50 (1.00 .. 2.00) "
+        "| 1.50 (1.50 .. 1.50) | 7.00 (7.00 .. 7.00) |"
+    )
+    assert line in capsys.readouterr().out
+
+
+def test_an_unknown_option_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["routing_options.py", "--options", "soft"])
+    with pytest.raises(ValueError, match=r"options=\['soft'\] are unknown; take any of softmax, "):
+        comparison.main()
