@@ -319,17 +319,7 @@ def questions(scene: Scene) -> tuple[Question, ...]:
 
 # What a lookup asks of a shape, and how it may name it: by nothing when the shape is alone.
 _LOOKUPS = {"color": ("", "kind"), "kind": ("", "color", "size color")}
-_LOOKUPS |= dict.fromkeys(("size", "column", "row", "side", "height"), ("", "kind", "color kind"))
-
-
-def _readings(shape: Shape, field: str) -> Iterator[str]:
-    """Give what stands in a field, as a word; side and height are seen from the middle, and none if it is covered."""
-    if field in ("side", "height"):
-        wanted = "left or right of" if field == "side" else "above or below"
-        yield from (side.split()[0] for side, choice in sides_of(shape) if choice == wanted)
-    else:
-        value = getattr(shape, field)
-        yield value if isinstance(value, str) else NUMBERS[value + 1]
+_LOOKUPS |= dict.fromkeys(("size", "column", "row"), ("", "kind", "color kind"))
 
 
 def lookups(scene: Scene) -> tuple[Question, ...]:
@@ -343,7 +333,8 @@ def lookups(scene: Scene) -> tuple[Question, ...]:
     for field in rng.choices(list(_LOOKUPS), k=6):
         options = []
         for shape, name in references(scene, *_LOOKUPS[field]):
-            options += [(value, f"{field} of {name}?") for value in _readings(shape, field)]
+            value = getattr(shape, field)
+            options.append((value if isinstance(value, str) else NUMBERS[value + 1], f"{field} of {name}?"))
         if options:
             answer, question = balanced(options, rng)
             asked[question] = Question(question, (answer,) * 10, "lookup", field)
