@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .records_moevlm import read_json
+
 PARTIAL = "partial"
 SHOWN = 5
 
@@ -208,15 +210,8 @@ def read_answers(path: Path, samples: Sequence[Any]) -> tuple[dict[tuple[str, st
     return answers, [problem for problem in found if problem.ids]
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}); write it again") from None
-
-
 def _rows(file: Path, samples: Sequence[Any]) -> Iterator[tuple[tuple[str, str], str]]:
-    rows = _json(file)
+    rows = read_json(file)
     forms = {sample.task: form(sample) for sample in samples}
     task = file.stem.removeprefix("predictions_")
     if task not in forms:
@@ -278,7 +273,7 @@ def idf_table(path: Path, train: Sequence[Any], make: Callable[[Sequence[Sequenc
         ValueError: There is neither such a file nor a caption to make it of, or the file is not JSON.
     """
     if path.exists():
-        return _json(path)
+        return read_json(path)
     captions = [list(sample.references) for sample in train if sample.metric == "CIDEr" and sample.references]
     if not captions:
         raise ValueError(f"idf={path} does not exist, and the train part has no captions to make it of; add some there")

@@ -17,6 +17,10 @@ from .experts_moevlm import MoeVlmMLP, MoeVlmSparseBlock
 from .modeling_moevlm import MoeVlmForConditionalGeneration
 
 OURS, DENSE = "ours", "dense"
+# Copies the weights of each visit: beyond this many tokens it would only fill the memory.
+SLOW_FROM = {"Qwen3-MoE batched_mm": 64, "Qwen3-VL-MoE": 512, "ours batched_mm": 64}
+# A CUDA graph cannot hold what waits for the routing on the host.
+UNCAPTURED = ("eager", "ours grouped", "ours decode", "Mixtral", "Qwen3-MoE", "Qwen3-VL-MoE", "Aria")
 # A text stack of 22 million parameters, 8 million of them active; head and embeddings are one tensor.
 STACK = {
     "vocab_size": 8192,
@@ -213,4 +217,5 @@ def vlms(config, dtype, device):
     return found
 
 
-__all__ = ["DENSE", "OURS", "STACK", "Shape", "blocks", "first_tensor", "text_stacks", "vlms"]
+__all__ = ["DENSE", "OURS", "SLOW_FROM", "STACK", "UNCAPTURED", "Shape", "blocks", "first_tensor", "text_stacks"]
+__all__ += ["vlms"]

@@ -20,16 +20,12 @@ from transformers import HfArgumentParser, logging
 from moevlm import benchmarking_moevlm as bench
 from moevlm.configuration_moevlm import MoeVlmConfig
 from moevlm.kernels_moevlm import keep_freed_memory
-from moevlm.peers_moevlm import DENSE, OURS, Shape, blocks, text_stacks, vlms
+from moevlm.peers_moevlm import DENSE, OURS, SLOW_FROM, UNCAPTURED, Shape, blocks, text_stacks, vlms
 
 SHAPES = ("256,512,8,2", "576,1536,8,2", "1024,512,32,4", "2048,768,64,8")
 GROWTH = ("256,256,8,2", "256,256,64,2", "256,256,256,2")
 TRAINED_FROM = 512  # tokens; fewer are no training batch
-# Copies the weights of each visit: beyond this many tokens it would only fill the memory.
-SLOW_FROM = {"Qwen3-MoE batched_mm": 64, "Qwen3-VL-MoE": 512, "ours batched_mm": 64}
 BLOCKS = ("forward", "graph", "training", "memory", "share")
-# A CUDA graph cannot hold what waits for the routing on the host.
-UNCAPTURED = ("eager", "ours grouped", "ours decode", "Mixtral", "Qwen3-MoE", "Qwen3-VL-MoE", "Aria")
 
 
 @dataclass
@@ -38,10 +34,7 @@ class BenchmarkArguments:
 
     what: list[str] = field(
         default_factory=lambda: ["forward", "training", "memory", "growth", "share"],
-        metadata={
-            "help": "Any of forward, graph (a forward captured in a CUDA graph), training, memory, growth, share, "
-            "decoding."
-        },
+        metadata={"help": "Any of forward, graph (captured; CUDA), training, memory, growth, share, decoding."},
     )
     shapes: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"help": "Blocks, as D,F,E,K."})
     dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, float16."})
@@ -75,10 +68,8 @@ def main():
     path = bench.write({"machine": machine, "arguments": vars(args), "summary": sums, "rows": rows}, folder, name)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     bench.picture(rows, OURS, DENSE, path.with_suffix(".png"))
-    print(text)
-    for line in sums:
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()})
-    print(f"written: {path}, .md, .png")
+    shown = [{k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()} for line in sums]
+    print(text, *shown, f"written: {path}, .md, .png", sep="\n")
 
 
 def check(args):

@@ -120,11 +120,7 @@ class Conversation:
 
 
 class Page:
-    """A page with a chat; each visitor has a conversation of their own.
-
-    Args:
-        begin: Gives a new [`Conversation`].
-    """
+    """A page with a chat; each visitor has a [`Conversation`] of their own, a new one from `begin()`."""
 
     def __init__(self, begin):
         self.begin, self.conversations = begin, {}
