@@ -1,7 +1,6 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """Measure the sparse block and whole models beside those of the installed transformers, in one interleaved run.
 
-    python run_benchmark.py --what forward --tokens 1 64 --shapes 256,512,8,2
     python run_benchmark.py --threads 1 --dtype float32 bfloat16 --what forward training memory growth share
     python run_benchmark.py --what decoding --batch_sizes 1 8 --compile
 
