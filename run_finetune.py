@@ -43,7 +43,7 @@ def main():
     model, processor = starting_model(model_args, texts(records["train"]))
     model = adapt(model, model_args)
     with args.main_process_first(desc="encoding"):
-        train_set, eval_set = (encode(records[part], processor, data_args.max_length) for part in ("train", "dev"))
+        train_set, eval_set = (encode(records[part], processor, data_args) for part in ("train", "dev"))
 
     def answer(model, samples, blind=False):
         return predict(model, processor, samples, batch_size=args.per_device_eval_batch_size, blind=blind)
@@ -116,17 +116,19 @@ def texts(records):
             yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def encode(records, processor, max_length):
+def encode(records, processor, data_args):
     """Token ids, labels and packing of each record, beside its still undecoded pictures."""
     kept = [name for name in ("images", "stage", "shift") if name in records.column_names]
     columns = [name for name in records.column_names if name not in kept]
-    settings = {"fn_kwargs": {"processor": processor, "max_length": max_length}, "remove_columns": columns}
+    known = {"processor": processor, "max_length": data_args.max_length}
+    settings = {"function": encode_record, "fn_kwargs": known, "remove_columns": columns}
     if not isinstance(records, Dataset):
-        return records.map(encode_record, **settings)
+        return records.map(**settings)
     # Copies of a record are encoded once.
     names = records["record"][:] if "record" in columns else range(len(records))
     _, first, copies = np.unique(names, return_index=True, return_inverse=True)
-    encoded = records.select(first).select_columns(columns).map(encode_record, **settings).select(copies)
+    settings["num_proc"] = data_args.preprocessing_num_workers
+    encoded = records.select(first).select_columns(columns).map(**settings).select(copies)
     return concatenate_datasets([records.select_columns(kept), encoded], axis=1)
 
 

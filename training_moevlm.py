@@ -77,6 +77,7 @@ class DataArguments:
 
     data: str | None = field(default=None, metadata={"help": "Mixture (yaml); configs/data/default.yaml if absent."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a sequence at most; whole turns go."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that encode records."})
     max_samples: int | None = field(default=None, metadata={"help": "Training records at most."})
     eval_max_samples: int | None = field(default=512, metadata={"help": "Records to evaluate on while training."})
     test_max_samples: int | None = field(default=None, metadata={"help": "Test records at most at the end."})

@@ -8,8 +8,9 @@ from transformers import AutoProcessor, GPT2Config
 
 import run_finetune
 from moevlm.checkpoints_moevlm import starting_model
+from moevlm.data_moevlm import load_mixture
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
-from moevlm.training_moevlm import ModelArguments
+from moevlm.training_moevlm import DataArguments, ModelArguments
 
 TINY = {
     "vision_config": {
@@ -68,6 +69,18 @@ def test_a_run_from_scratch_and_one_with_lora_on_top_leave_all_they_promise(comm
         )
         assert AutoProcessor.from_pretrained(output).image_seq_length == 16
     assert (tmp_path / "second/adapter/adapter_model.safetensors").exists()
+
+
+def test_two_processes_encode_what_one_encodes(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    (tmp_path / "mixture.yaml").write_text(MIXTURE)
+    records = load_mixture(tmp_path / "mixture.yaml", "train", grouped=True)
+    _, processor = starting_model(ModelArguments(config=str(tmp_path / "tiny.json")), run_finetune.texts(records))
+    one, two = (
+        run_finetune.encode(records, processor, DataArguments(preprocessing_num_workers=workers)) for workers in (1, 2)
+    )
+    assert len(one) == 3 * 6 and one.column_names == two.column_names
+    assert all(one[name][:] == two[name][:] for name in one.column_names if name != "images")
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
