@@ -341,6 +341,23 @@ def lookups(scene: Scene) -> tuple[Question, ...]:
     return tuple(asked.values())
 
 
+# What is learned last, and how often it is asked alone.
+_PLACES = {"which half": 2, "which side": 2, "is it beside": 1, "which size": 1}
+
+
+def places(scene: Scene) -> tuple[Question, ...]:
+    """Give at most six questions about where shapes lie and how large they are beside each other, worded as in
+    `questions`; none where no shape has a name of its own that such a question takes."""
+    rng = random.Random(f"{scene.name} places")
+    asked = {}
+    for question_type in rng.choices(list(_PLACES), list(_PLACES.values()), k=6):
+        (answer_type,) = (kind for kind, families in _FAMILIES.items() if question_type in families)
+        if options := list(_FAMILIES[answer_type][question_type](scene)):
+            answer, question = balanced(options, rng)
+            asked[question] = Question(question, (answer,) * 10, question_type, answer_type)
+    return tuple(asked.values())
+
+
 def balanced(options: Sequence[tuple], rng: random.Random) -> tuple:
     """Choose an answer, then one of the options with that answer (their first item)."""
     answers = sorted({option[0] for option in options})

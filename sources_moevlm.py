@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 class Scenes(Entry):
     """Drawn shapes, `max_shapes` at most; `size` counts pictures, each with a caption, questions and a dialogue.
 
-    The task `lookup`, for training, asks short questions about one shape each ([`scenes_moevlm.lookups`]).
+    Two tasks are for training: `lookup` asks short questions about one shape each ([`scenes_moevlm.lookups`]), `place`
+    more of the questions about positions and sizes ([`scenes_moevlm.places`]).
     """
 
     split: str = "train"
@@ -41,7 +42,7 @@ class Scenes(Entry):
     max_shapes: int = drawn.MAX_SHAPES
     tasks: list = TASKS
 
-    CHOICES = {"split": drawn.SPLITS, "tasks": (*TASKS, "lookup")}
+    CHOICES = {"split": drawn.SPLITS, "tasks": (*TASKS, "lookup", "place")}
 
     def chosen(self, units: Iterator[Unit]) -> Iterable[Unit]:
         return units
@@ -55,7 +56,7 @@ class Scenes(Entry):
                 yield records.caption_unit(
                     name, name, image, list(drawn.captions(scene)), CAPTION_PROMPT, grouped=grouped
                 )
-            for task, questions in (("vqa", drawn.questions), ("lookup", drawn.lookups)):
+            for task, questions in (("vqa", drawn.questions), ("lookup", drawn.lookups), ("place", drawn.places)):
                 if task in self.tasks and (found := questions(scene)):
                     prefix = name if task == "vqa" else f"{name}-{task}"
                     asked = [

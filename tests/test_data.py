@@ -499,13 +499,13 @@ def test_scenes_give_a_caption_questions_and_a_dialogue_a_picture(tmp_path):
     assert single[0]["images"][0].tobytes() == scenes_moevlm.picture(scene).tobytes()
 
 
-def test_lookups_of_a_scene_are_turns_of_one_record(tmp_path):
+@pytest.mark.parametrize("task, questions", [("lookup", scenes_moevlm.lookups), ("place", scenes_moevlm.places)])
+def test_lookups_and_places_of_a_scene_are_turns_of_one_record(task, questions, tmp_path):
     scene = next(scenes_moevlm.scenes("train", 1, seed=5))
-    (record,) = load(tmp_path, {"source": "scenes", "size": 1, "seed": 5, "tasks": ["lookup"]}, grouped=True)
+    (record,) = load(tmp_path, {"source": "scenes", "size": 1, "seed": 5, "tasks": [task]}, grouped=True)
     said = [text.removeprefix("<image>") for _, text in texts(record)]
-    assert record["task"] == "vqa" and said == [
-        text for one in scenes_moevlm.lookups(scene) for text in (one.question, one.answers[0])
-    ]
+    assert record["task"] == "vqa"
+    assert said == [text for one in questions(scene) for text in (one.question, one.answers[0])]
 
 
 def test_scenes_take_the_split_of_their_part_and_only_the_tasks_wanted(tmp_path):

@@ -16,6 +16,7 @@ from moevlm.scenes_moevlm import (
     captions,
     lookups,
     picture,
+    places,
     questions,
     scenes,
     split_of,
@@ -260,3 +261,14 @@ def test_lookups_read_one_field_off_the_one_shape_named(some):
             fields[field] += 1
     assert set(fields) == {"color", "kind", "size", "column", "row"} and min(fields.values()) > 150
     assert all(len(lookups(scene)) <= 6 for scene in some)
+
+
+def test_places_ask_truly_where_shapes_lie_and_how_large_they_are(some):
+    asked = Counter()
+    for scene in some:
+        for question, answers, question_type, answer_type in places(scene):
+            assert answers == (read_two(scene.shapes, question),) * 10
+            asked[question_type, answer_type] += 1
+    kinds = {("which half", "position"), ("which side", "position"), ("is it beside", "yes/no")}
+    assert set(asked) == kinds | {("which size", "comparison")} and min(asked.values()) > 100
+    assert all(len(places(scene)) <= 6 for scene in some)
