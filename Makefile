@@ -13,8 +13,7 @@ PYTHON := $(VENV)/bin/python
 .PHONY: demo smol test check fix slow
 
 demo: $(VENV)/demo.done
-	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 run_finetune.py \
-		--recipe configs/recipes/demo.yaml --overwrite_output_dir
+	$(PYTHON) run_finetune.py --recipe configs/recipes/demo.yaml --overwrite_output_dir
 	$(PYTHON) run_chat.py --model_name_or_path outputs/demo \
 		--question "Describe the picture." "how many shapes are there?"
 

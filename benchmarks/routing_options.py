@@ -44,7 +44,7 @@ class ComparisonArguments:
     recipe: str = field(default=str(ROOT / "configs/recipes/demo.yaml"), metadata={"help": "Recipe of every run."})
     options: list[str] = field(default_factory=lambda: list(OPTIONS), metadata={"help": f"Any of {list(OPTIONS)}."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run each."})
-    processes: int = field(default=2, metadata={"help": "Of torchrun."})
+    processes: int = field(default=1, metadata={"help": "Of torchrun; each takes the recipe's batch."})
     extra: str = field(default="", metadata={"help": "More flags of run_finetune.py, in quotes."})
     output_dir: str = field(default="outputs/routing", metadata={"help": "A folder for each run goes here."})
 
