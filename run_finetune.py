@@ -1,10 +1,11 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """Train a MoeVlm, from scratch or from a checkpoint; score it; leave a checkpoint that loads anywhere.
 
-    accelerate launch run_finetune.py --recipe configs/recipes/demo.yaml
+    accelerate launch run_finetune.py
     accelerate launch run_finetune.py --model_name_or_path outputs/demo --lora --output_dir outputs/demo-lora
 
-The first line trains `configs/tiny.json` on `configs/data/default.yaml` into `outputs/demo`, as no flag at all does.
+The first line, with no flag at all, is `--recipe configs/recipes/demo.yaml`: it trains `configs/tiny.json` on
+`configs/data/default.yaml` into `outputs/demo`.
 """
 
 import json
@@ -83,7 +84,8 @@ def main():
 
 def read_arguments():
     """The three argument groups; the library's chatter is switched off, errors and warnings stay."""
-    model_args, data_args, args = parse((ModelArguments, DataArguments, MoeVlmTrainingArguments), sys.argv[1:])
+    flags = sys.argv[1:] or ["--recipe", str(ROOT / "configs" / "recipes" / "demo.yaml")]
+    model_args, data_args, args = parse((ModelArguments, DataArguments, MoeVlmTrainingArguments), flags)
     if not (model_args.model_name_or_path or model_args.config):
         model_args.config = str(ROOT / "configs" / "tiny.json")
     data_args.data = data_args.data or str(ROOT / "configs" / "data" / "default.yaml")

@@ -83,6 +83,17 @@ def test_two_processes_encode_what_one_encodes(tmp_path):
     assert all(one[name][:] == two[name][:] for name in one.column_names if name != "images")
 
 
+def test_no_flag_is_the_demo_recipe(monkeypatch):
+    arguments = []
+    for flags in ([], ["--recipe", "configs/recipes/demo.yaml"]):
+        monkeypatch.setattr(sys, "argv", ["run_finetune.py", *flags])
+        arguments.append(run_finetune.read_arguments())
+    model_args, data_args, args = arguments[0]
+    assert (model_args, data_args) == arguments[1][:2]
+    assert model_args.config.endswith("configs/tiny.json") and data_args.data.endswith("configs/data/default.yaml")
+    assert args.image_words_steps > 0 and args.output_dir == "outputs/demo"
+
+
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds a 'gpt2' model; run_upcycle.py"):
