@@ -15,7 +15,7 @@ PYTHON := $(VENV)/bin/python
 demo: $(VENV)/demo.done
 	$(PYTHON) run_finetune.py --recipe configs/recipes/demo.yaml --overwrite_output_dir
 	$(PYTHON) run_chat.py --model_name_or_path outputs/demo \
-		--question "Describe the picture." "how many shapes are there?"
+		--question "tell me how many shapes there are." "what color is it?"
 
 smol: $(VENV)/demo.done
 	$(VENV)/bin/pip install --quiet gguf==0.19.0
