@@ -2,7 +2,7 @@
 """Talk with a checkpoint about pictures, over several turns.
 
     python run_chat.py --model_name_or_path outputs/demo --image photo.png
-    python run_chat.py --model_name_or_path outputs/demo --question "tell me how many shapes there are." "what color is it?"
+    python run_chat.py --model_name_or_path outputs/demo --question "tell me what color the star is."
 
 Without a picture one is drawn. At the prompt, `/image PATH` shows another picture, `/new` starts again, an empty line
 ends. `--question` asks one question after the other and exits. `--web` serves a page on this machine instead, to which
