@@ -4,8 +4,10 @@
     python benchmarks/routing_options.py --recipe configs/recipes/demo.yaml --seeds 0 1 2 --output_dir outputs/routing
     python benchmarks/routing_options.py --options softmax dense --seeds 0 --extra "--max_steps 500"
 
-A run that is there already is not trained again, so an interrupted comparison goes on where it stopped. Every run is a
-`run_finetune.py` with the recipe's architecture and the option's fields in its `text_config`.
+A run that is there already is not trained again: an interrupted comparison goes on where it stopped, and several
+commands may fill one folder, such as one for each seed on a core of its own (`OMP_NUM_THREADS=1 taskset -c 0 ...`),
+before one with all seeds makes the table. Every run is a `run_finetune.py` with the recipe's architecture and the
+option's fields in its `text_config`. Writes `routing.json` (each run's numbers) and `routing.md` into the folder.
 """
 
 import json
@@ -53,15 +55,16 @@ def main():
     (args,) = HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses()
     if unknown := set(args.options) - set(OPTIONS):
         raise ValueError(f"options={sorted(unknown)} are unknown; take any of {', '.join(OPTIONS)}")
-    runs = [(option, seed) for option in args.options for seed in args.seeds]
+    runs = [(option, seed) for seed in args.seeds for option in args.options]
     found = {option: [] for option in args.options}
     for option, seed in tqdm(runs, desc="training"):
         folder = Path(args.output_dir) / f"{option.replace(' ', '-')}-{seed}"
         if not (folder / "metrics.json").exists():
             train(args, OPTIONS[option], seed, folder)
-        found[option].append(numbers(folder))
+        found[option].append({"seed": seed, **numbers(folder)})
     text = table(found)
     (Path(args.output_dir) / "routing.md").write_text(text + "\n", encoding="utf-8")
+    (Path(args.output_dir) / "routing.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(text)
 
 
@@ -106,7 +109,7 @@ def numbers(folder):
 
 def table(found):
     """A Markdown table: for each option the mean of its runs, and their range in brackets."""
-    columns = list(next(runs for runs in found.values() if runs)[0])
+    columns = [name for name in next(runs for runs in found.values() if runs)[0] if name != "seed"]
     lines = ["| router | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for option, runs in found.items():
         cells = []

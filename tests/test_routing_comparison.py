@@ -47,6 +47,8 @@ def test_runs_that_are_there_are_read_and_not_trained_again(tmp_path, monkeypatc
         "| 1.50 (1.50 .. 1.50) | 7.00 (7.00 .. 7.00) |"
     )
     assert line in capsys.readouterr().out
+    stored = json.loads((tmp_path / "routing.json").read_text())
+    assert [(each["seed"], each["VQA"]) for each in stored["softmax"]] == [(0, 90.0), (1, 92.0)]
 
 
 def test_an_unknown_option_is_named(monkeypatch):
