@@ -4,6 +4,7 @@
 Letters: N tokens, D hidden, E experts.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,6 +181,12 @@ def peak_bytes(run: Callable[[int], Any], device="cpu") -> int:
     return most
 
 
+def release_freed_memory() -> None:
+    """Give back what `kernels_moevlm.keep_freed_memory` kept: the next measurement may need all of the machine's."""
+    with suppress(AttributeError, OSError, TypeError):  # not on Linux with glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def products_case(block, inputs):
     """A function of the round's number: the expert products of our block alone, on rows that lie ready."""
     experts, ready = block.experts, []
@@ -320,4 +328,4 @@ __all__ = [
     "medians",
     "peak_bytes",
 ]
-__all__ += ["picture", "products_case", "summary", "table", "training_case", "write"]
+__all__ += ["picture", "products_case", "release_freed_memory", "summary", "table", "training_case", "write"]

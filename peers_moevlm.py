@@ -19,6 +19,9 @@ from .modeling_moevlm import MoeVlmForConditionalGeneration
 OURS, DENSE = "ours", "dense"
 # Copies the weights of each visit: beyond this many tokens it would only fill the memory.
 SLOW_FROM = {"Qwen3-MoE batched_mm": 64, "Qwen3-VL-MoE": 512, "ours batched_mm": 64}
+# Their backward fills a gradient of all experts for each expert: with 64 experts half a minute a step on a CPU, and
+# several times the memory of the weights.
+SLOW_BACKWARD, MOST_EXPERTS = ("Qwen3-MoE eager", "Qwen3-VL-MoE", "Aria"), 8
 # A CUDA graph cannot hold what waits for the routing on the host.
 UNCAPTURED = ("eager", "ours grouped", "ours decode", "Mixtral", "Qwen3-MoE", "Qwen3-VL-MoE", "Aria")
 # A text stack of 22 million parameters, 8 million of them active; head and embeddings are one tensor.
@@ -102,6 +105,22 @@ def blocks(shape, dtype, device, implementations=("auto",)):
         peers = (qwen3_of_5(shape, weights) if IS_TRANSFORMERS_5 else peers_of_4(shape, weights)).items()
         dense = MoeVlmMLP(shape.hidden_size, shape.top_k * shape.width, "silu")
         return {**found, **dict(peers), DENSE: dense}
+
+
+def contestants(compared, kind, shape, tokens):
+    """Those of `compared` (modules by name) that this kind of measurement can wait for, or capture.
+
+    Left out: copies of weights that would fill the memory (and in "growth" the caches) from so many tokens on, backward
+    passes that fill gradients of all experts, and, for "graph", what waits for the host.
+    """
+    growth, graph = kind == "growth", kind == "graph"
+    trained = kind in ("training", "memory") and shape.experts > MOST_EXPERTS
+
+    def takes_part(name):
+        too_slow = name in SLOW_FROM and (growth or tokens >= SLOW_FROM[name])
+        return not (too_slow or (trained and name in SLOW_BACKWARD) or (graph and name.endswith(UNCAPTURED)))
+
+    return {name: block for name, block in compared.items() if takes_part(name)}
 
 
 def our_block(shape, implementation):
@@ -217,5 +236,4 @@ def vlms(config, dtype, device):
     return found
 
 
-__all__ = ["DENSE", "OURS", "SLOW_FROM", "STACK", "UNCAPTURED", "Shape", "blocks", "first_tensor", "text_stacks"]
-__all__ += ["vlms"]
+__all__ = ["DENSE", "OURS", "STACK", "Shape", "blocks", "contestants", "first_tensor", "text_stacks", "vlms"]

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, logging
 from moevlm import benchmarking_moevlm as bench
 from moevlm.configuration_moevlm import MoeVlmConfig
 from moevlm.kernels_moevlm import keep_freed_memory
-from moevlm.peers_moevlm import DENSE, OURS, SLOW_FROM, UNCAPTURED, Shape, blocks, text_stacks, vlms
+from moevlm.peers_moevlm import DENSE, OURS, Shape, blocks, contestants, text_stacks, vlms
 
 SHAPES = ("256,512,8,2", "576,1536,8,2", "1024,512,32,4", "2048,768,64,8")
 GROWTH = ("256,256,8,2", "256,256,64,2", "256,256,256,2")
@@ -103,13 +103,12 @@ def measure_blocks(args, dtype, shape, kinds):
     ceilings = bench.measured_ceilings(dtype, args.device) if args.device.startswith("cuda") else None
     for tokens in [1] if kinds == ["growth"] else args.tokens:
         inputs = bench.batches(tokens, shape.hidden_size, dtype, args.device)
-        slow = SLOW_FROM if kinds != ["growth"] else dict.fromkeys(SLOW_FROM, 0)  # they would empty the caches too
-        live = {name: block for name, block in compared.items() if tokens < slow.get(name, tokens + 1)}
         labels = {"dtype": dtype_name, "shape": ",".join(map(str, shape)), "tokens": tokens}
         for kind in kinds:
             if kind in ("training", "memory", "share") and tokens < TRAINED_FROM:
                 continue
-            unit, values = measured(args, kind, live, inputs)
+            unit, values = measured(args, kind, contestants(compared, kind, shape, tokens), inputs)
+            bench.release_freed_memory()
             row = {"kind": kind, **labels, "unit": unit, "values": values}
             if ceilings and kind in ("forward", "graph", "training"):
                 row |= {"floor": bench.floor(kind, compared[OURS], inputs, ceilings), **ceilings._asdict()}
@@ -121,8 +120,6 @@ def measured(args, kind, compared, inputs):
     if kind == "memory":
         runs = {name: bench.training_case(block, inputs) for name, block in compared.items()}
         return "bytes", {name: bench.peak_bytes(run, args.device) for name, run in runs.items()}
-    if kind == "graph":
-        compared = {name: block for name, block in compared.items() if not name.endswith(UNCAPTURED)}
     case = {"training": bench.training_case, "graph": bench.graph_case}.get(kind, bench.forward_case)
     runs = {name: case(block.train(kind == "training"), inputs) for name, block in compared.items()}
     if kind == "share":

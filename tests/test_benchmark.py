@@ -9,7 +9,7 @@ import torch
 import run_benchmark
 from moevlm import benchmarking_moevlm as bench
 from moevlm.base_moevlm import IS_TRANSFORMERS_5
-from moevlm.peers_moevlm import DENSE, OURS, STACK, Shape, blocks, first_tensor, text_stacks
+from moevlm.peers_moevlm import DENSE, OURS, STACK, Shape, blocks, contestants, first_tensor, text_stacks
 
 SHAPE = Shape(32, 16, 4, 2)
 
@@ -42,6 +42,20 @@ def test_the_text_stacks_have_the_same_sizes():
         )
     assert len(set(sizes.values())) == 1
     assert 21e6 < sizes[OURS] < 23e6 and STACK["tie_word_embeddings"]
+
+
+def test_who_would_fill_the_memory_or_wait_for_the_host_does_not_take_part():
+    names = (OURS, "Qwen3-MoE eager", "Qwen3-MoE batched_mm", "Qwen3-MoE grouped_mm", "Mixtral", DENSE)
+    compared, few, many = dict.fromkeys(names), Shape(32, 16, 8, 2), Shape(32, 16, 64, 2)
+
+    def left_out(*how):
+        return [name for name in names if name not in contestants(compared, *how)]
+
+    assert left_out("forward", many, 8) == []
+    assert left_out("forward", many, 64) == ["Qwen3-MoE batched_mm"] == left_out("growth", many, 1)
+    assert left_out("training", few, 512) == ["Qwen3-MoE batched_mm"]
+    assert left_out("memory", many, 512) == ["Qwen3-MoE eager", "Qwen3-MoE batched_mm"]
+    assert left_out("graph", few, 8) == ["Qwen3-MoE eager", "Mixtral"]
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "8,8,2,3", "0,8,2,1"])
