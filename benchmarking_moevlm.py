@@ -33,13 +33,16 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-def interleaved(cases: Mapping[str, Callable[[int], Any]], seconds: float, device="cpu") -> dict[str, list[float]]:
+def interleaved(
+    cases: Mapping[str, Callable[[int], Any]], seconds: float, device="cpu", renew: Callable[[int], Any] | None = None
+) -> dict[str, list[float]]:
     """Times in seconds of each case, all cases once a round in an order drawn anew.
 
     Args:
         cases: Functions of the round's number, by name; each has run once before the clock starts.
         seconds: How long to go on; three rounds at least.
         device: Where they compute.
+        renew: Called with the round's number before each round, off the clock; see [`renewal`].
     """
     order, times = list(cases), {name: [] for name in cases}
     generator = random.Random(0)
@@ -49,6 +52,9 @@ def interleaved(cases: Mapping[str, Callable[[int], Any]], seconds: float, devic
     end, round_number = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or round_number < 3:
         generator.shuffle(order)
+        if renew:
+            renew(round_number)
+            wait(device)
         for name in order:
             start = time.perf_counter()
             cases[name](round_number)
@@ -72,6 +78,21 @@ def batches(tokens, hidden_size, dtype, device):
     count = 32 if tokens < 64 else 8 if tokens < 4096 else 3
     made = [torch.randn(1, tokens, hidden_size, generator=generator) for _ in range(count)]
     return [each.to(device, dtype) for each in made]
+
+
+def renewal(inputs: list[torch.Tensor]) -> Callable[[int], None]:
+    """A function of the round's number that draws that round's member of `inputs` anew.
+
+    As in a training, no two rounds then send the same numbers of rows to the experts: a library that builds a kernel
+    for each number of rows pays for it here too.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def renew(round_number):
+        place = round_number % len(inputs)
+        inputs[place] = torch.randn(inputs[place].shape, generator=generator).to(inputs[place])
+
+    return renew
 
 
 def forward_case(block, inputs):
@@ -328,4 +349,5 @@ __all__ = [
     "medians",
     "peak_bytes",
 ]
-__all__ += ["picture", "products_case", "release_freed_memory", "summary", "table", "training_case", "write"]
+__all__ += ["picture", "products_case", "release_freed_memory", "renewal", "summary", "table", "training_case"]
+__all__ += ["write"]

@@ -145,7 +145,7 @@ def experts_backward_operator(
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     visits = sort_visits(experts, gate_up.shape[0])
-    hidden = hidden[: len(visits.order)]
+    hidden = hidden[: len(visits.tokens)]
     return grouped_backward(grad_output, tokens, visits, weights, gate_up, down, hidden, activation(act))
 
 

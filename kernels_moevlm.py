@@ -2,7 +2,7 @@
 """The experts' arithmetic, tensors in and tensors out: which matrix products run, in which order, on which memory.
 
 Shapes: N tokens, D hidden, E experts, K experts per token, F expert width, V visits (at most N*K), M visits of one
-expert, R rows and C columns of a matrix.
+expert, R rows (V or a few more; also those of a matrix), C columns.
 
 Each `*_experts` function takes `tokens` `(N, D)`, `experts` `(N, K)` (the id E marks a visit to skip), `weights`
 `(N, K)`, `gate_up` `(E, 2F, D)`, `down` `(E, D, F)` and the activation `act`, and returns `(N, D)` in the dtype of
@@ -12,6 +12,7 @@ Each `*_experts` function takes `tokens` `(N, D)`, `experts` `(N, K)` (the id E 
 import ctypes
 from contextlib import nullcontext
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -141,15 +142,14 @@ def write_product(left, right, out):
 
 
 class Visits(NamedTuple):
-    """The visits of N tokens, sorted by expert; skipped ones come last and are left out."""
+    """The visits of N tokens as R rows sorted by expert; skipped ones have none."""
 
-    counts: list[int]  # E numbers: how many visits each expert got
-    order: Tensor  # (V,) which of the N*K choices each sorted visit is
-    tokens: Tensor  # (V,) the token of each sorted visit
-    places: Tensor  # (N, K) where each choice stands among the sorted visits; V where it is skipped
+    counts: list[int]  # E numbers: how many rows each expert has
+    tokens: Tensor  # (R,) the token of each row; 0 for a row that stands for no visit
+    places: Tensor  # (N, K) the row of each choice; R where it is skipped
 
     def slices(self):
-        """(expert, its slice of the sorted visits) for each expert that was hit."""
+        """(expert, its slice of the rows) for each expert that was hit."""
         start = 0
         for expert, count in enumerate(self.counts):
             if count:
@@ -157,24 +157,44 @@ class Visits(NamedTuple):
             start += count
 
 
-def sort_visits(experts, num_experts):
-    """[`Visits`] of `experts` `(N, K)`: one stable sort, whatever the number of experts."""
+def sort_visits(experts, num_experts, rounded=False):
+    """[`Visits`] of `experts` `(N, K)`: one stable sort, whatever the number of experts.
+
+    With `rounded`, each expert has as many rows as [`rounded_rows`] says, the last of them without a visit.
+    """
     ids = experts.flatten()  # (N*K,)
     order = ids.argsort(stable=True)
-    counts = torch.bincount(ids, minlength=num_experts + 1).tolist()[:num_experts]
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    visits = sum(counts)
-    if visits < len(order):
-        order, places = order[:visits], places.clamp_(max=visits)
-    return Visits(counts, order, order // experts.shape[-1], places.view_as(experts))
+    visits = torch.bincount(ids, minlength=num_experts + 1).tolist()[:num_experts]
+    counts = [rounded_rows(count) for count in visits] if rounded else visits
+    ranks, rows = torch.arange(len(ids), device=ids.device), sum(counts)
+    places = ranks
+    if counts != visits:
+        spare = accumulate((count - visit for count, visit in zip(counts, visits)), initial=0)
+        places = ranks + torch.tensor(list(spare), device=ids.device)[ids[order]]
+    places = torch.empty_like(order).scatter_(0, order, places).clamp_(max=rows)
+    tokens = order.new_zeros(rows + 1).scatter_(0, places, ranks // experts.shape[-1])[:rows]
+    return Visits(counts, tokens, places.view_as(experts))
 
 
-def new_rows(visits, like, dtype):
-    """Memory for a row a visit `(V, D)`, and one of zeros behind them if a choice is skipped."""
-    skipped = len(visits.order) < visits.places.numel()
-    rows = like.new_empty(len(visits.order) + skipped, like.shape[-1], dtype=dtype)
-    if skipped:
-        rows[-1].zero_()
+def rounded_rows(count):
+    """How many rows to multiply where `count` are wanted, so that few numbers occur.
+
+    In bf16 oneDNN builds a kernel for each number of rows that it has not met among its last thousand products, which
+    takes longer than a small product; beyond 16 rows it works in blocks anyway.
+    """
+    step = 1 if count <= 16 else 32 if count <= 256 else 64
+    return -(-count // step) * step
+
+
+def rounding_pays(tokens, dtype):
+    """Whether products of this dtype are oneDNN's, see [`rounded_rows`]."""
+    return tokens.device.type == "cpu" and dtype != torch.float32
+
+
+def new_rows(visits, like):
+    """Memory for the rows `(R, D)`, and one of zeros behind them for the choices that are skipped."""
+    rows = like.new_empty(len(visits.tokens) + 1, like.shape[-1])
+    rows[-1].zero_()
     return rows
 
 
@@ -184,18 +204,38 @@ def combine(rows, visits, weights=None):
 
 
 def visit_experts(tokens, visits, gate_up, down, act, dtype, hidden=None):
-    """What the experts make of each visit, `(V, D)` in the dtype of `tokens`, not yet weighted.
+    """What the experts make of each row, `(R + 1, D)` in the dtype of `tokens`, not yet weighted; the last is zero.
 
-    `hidden`, if given, `(V, 2F)`, keeps the products with `gate_up` for a backward pass.
+    `hidden`, if given, `(R, 2F)`, keeps the products with `gate_up` for a backward pass.
     """
     width, decoding = down.shape[-1], hidden is None
-    rows = tokens.index_select(0, visits.tokens).to(dtype)  # (V, D)
-    outputs = new_rows(visits, tokens, tokens.dtype)
+    rows = tokens.index_select(0, visits.tokens).to(dtype)  # (R, D)
+    outputs = new_rows(visits, tokens)
+    if decoding and one_call_pays(rows, visits.counts, gate_up, down):
+        ends = torch.tensor(list(accumulate(visits.counts)), dtype=torch.int32)  # (E,)
+        both = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)  # (R, 2F)
+        activated = act(both[:, :width]).mul_(both[:, width:])  # (R, F)
+        outputs[:-1] = F.grouped_mm(activated, down.transpose(1, 2), offs=ends)
+        return outputs
     for expert, part in visits.slices():
         both = product(rows[part], gate_up[expert], None if decoding else hidden[part], not decoding)  # (M, 2F)
         activated = act(both[:, :width]).mul_(both[:, width:])  # (M, F)
         product(activated, down[expert], outputs[part], not decoding)
     return outputs
+
+
+def one_call_pays(rows, counts, gate_up, down):
+    """Whether PyTorch's grouped product, a loop over the experts in C++, beats ours in Python.
+
+    It does for few rows an expert. Many are better kept in the caches between their two products, and a single one is
+    better multiplied as a vector where that has a fast form.
+    """
+    fits = gate_up.shape[2] * rows.element_size() % 16 == 0 and down.shape[2] * rows.element_size() % 16 == 0
+    if not (hasattr(F, "grouped_mm") and rows.device.type == "cpu" and rows.dtype == gate_up.dtype and fits):
+        return False
+    hit = len(counts) - counts.count(0)
+    least = 1 if rows.dtype == torch.float32 else 2
+    return not this_cpu().amd and least * hit <= len(rows) <= 128 * hit and hit > 1
 
 
 def activation_backward(gate, grad, act, out):
@@ -212,13 +252,15 @@ def grouped_backward(grad_output, tokens, visits, weights, gate_up, down, hidden
 
     Args:
         grad_output: `(N, D)`.
-        hidden: What [`visit_experts`] kept, `(V, 2F)`; its dtype is the products'.
+        hidden: What [`visit_experts`] kept, `(R, 2F)`; its dtype is the products'.
     """
     needs_tokens, needs_weights, needs_gate_up, needs_down = needs
     dtype, width = hidden.dtype, down.shape[-1]
-    shares = weights.flatten().index_select(0, visits.order).to(dtype).unsqueeze(-1)  # (V, 1)
-    grad_shares = hidden.new_empty(len(shares))
-    grad_inputs = new_rows(visits, tokens, tokens.dtype) if needs_tokens else None
+    choices, rows = visits.places.flatten(), len(visits.tokens)
+    # A row without a visit has the share 0, so that it adds nothing to a gradient.
+    shares = weights.new_zeros(rows + 1).scatter_(0, choices, weights.flatten()).to(dtype).unsqueeze(-1)  # (R + 1, 1)
+    grad_shares = hidden.new_zeros(rows + 1)
+    grad_inputs = new_rows(visits, tokens) if needs_tokens else None
     grad_gate_up = empty_gradient(gate_up, visits.counts) if needs_gate_up else None
     grad_down = empty_gradient(down, visits.counts) if needs_down else None
     for expert, part in visits.slices():
@@ -241,10 +283,7 @@ def grouped_backward(grad_output, tokens, visits, weights, gate_up, down, hidden
         if needs_tokens:
             product(grad_both, gate_up[expert].t(), grad_inputs[part])
     grad_tokens = combine(grad_inputs, visits, weights.to(tokens.dtype)) if needs_tokens else None
-    grad_weights = None
-    if needs_weights:
-        grad_weights = torch.zeros_like(weights).flatten().index_copy_(0, visits.order, grad_shares.to(weights.dtype))
-        grad_weights = grad_weights.view_as(weights)
+    grad_weights = grad_shares[choices].to(weights.dtype).view_as(weights) if needs_weights else None
     return grad_tokens, grad_weights, grad_gate_up, grad_down
 
 
@@ -253,8 +292,8 @@ class GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, weights, gate_up, down, experts, act, dtype):
-        visits = sort_visits(experts, gate_up.shape[0])
-        hidden = tokens.new_empty(len(visits.order), gate_up.shape[1], dtype=dtype)  # (V, 2F)
+        visits = sort_visits(experts, gate_up.shape[0], rounding_pays(tokens, dtype))
+        hidden = tokens.new_empty(len(visits.tokens), gate_up.shape[1], dtype=dtype)  # (R, 2F)
         outputs = visit_experts(tokens, visits, gate_up, down, act, dtype, hidden)
         ctx.save_for_backward(tokens, weights, gate_up, down, hidden, *visits[1:])
         ctx.counts, ctx.act = visits.counts, act
@@ -291,7 +330,7 @@ def grouped_experts(tokens, experts, weights, gate_up, down, act):
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         if torch.is_grad_enabled() and any(each.requires_grad for each in (tokens, weights, gate_up, down)):
             return GroupedExperts.apply(tokens, weights, gate_up, down, experts, act, dtype)
-        visits = sort_visits(experts, gate_up.shape[0])
+        visits = sort_visits(experts, gate_up.shape[0], rounding_pays(tokens, dtype))
         outputs = visit_experts(tokens, visits, gate_up, down, act, dtype)
         return combine(outputs, visits, weights.to(outputs.dtype))
 

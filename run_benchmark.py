@@ -124,7 +124,8 @@ def measured(args, kind, compared, inputs):
     runs = {name: case(block.train(kind == "training"), inputs) for name, block in compared.items()}
     if kind == "share":
         runs = {OURS: runs[OURS], "products alone": bench.products_case(compared[OURS], inputs)}
-    return "s", bench.medians(bench.interleaved(runs, args.seconds, args.device))
+    renew = bench.renewal(inputs) if kind in ("forward", "training") else None
+    return "s", bench.medians(bench.interleaved(runs, args.seconds, args.device, renew))
 
 
 def measure_decoding(args, dtype, batch_size, compiled):

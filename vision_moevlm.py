@@ -201,9 +201,9 @@ class MoeVlmVisionExperts(nn.Module):
             F.linear(self.act_fn(F.linear(tokens, up, up_bias)), down, down_bias)
             for tokens, up, up_bias, down, down_bias in zip(rows, *(weight.unbind(0) for weight in weights))
         ]
-        weighted = torch.cat(outputs) * top_k_weights.flatten()[visits.order].unsqueeze(-1)  # (visits, D)
-        summed = torch.zeros_like(hidden_states, dtype=weighted.dtype)
-        return summed.index_add(0, visits.tokens, weighted).to(hidden_states.dtype)
+        outputs = F.pad(torch.cat(outputs), (0, 0, 0, 1))  # (visits + 1, D): the last is for choices that are skipped
+        outputs = outputs.index_select(0, visits.places.flatten()).unflatten(0, top_k_index.shape)  # (N, K, D)
+        return (outputs * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
 class MoeVlmVisionLayer(GradientCheckpointingLayer):

@@ -172,7 +172,7 @@ def test_a_forward_keeps_the_hidden_products_and_the_routing_only():
         kernels.grouped_experts(*inputs, F.silu)
     visited = 40 * TOP_K
     parameters = sum(each.numel() for each in inputs if each.requires_grad)
-    assert sum(kept) == parameters + visited * 2 * WIDTH + 3 * visited
+    assert sum(kept) == parameters + visited * 2 * WIDTH + 2 * visited
 
 
 @torch.no_grad()
@@ -222,9 +222,30 @@ def test_the_sort_of_visits_is_stable_and_complete():
     experts = torch.tensor([[2, 0], [0, 3], [3, 2]])  # 3 is the id to skip
     found = kernels.sort_visits(experts, 3)
     assert found.counts == [2, 0, 2]
-    assert found.order.tolist() == [1, 2, 0, 5] and found.tokens.tolist() == [0, 1, 0, 2]
+    assert found.tokens.tolist() == [0, 1, 0, 2]
     assert found.places.tolist() == [[2, 0], [1, 4], [4, 3]]
     assert list(found.slices()) == [(0, slice(0, 2)), (2, slice(2, 4))]
+
+
+def test_rounded_rows_keep_the_order_and_point_the_spare_ones_at_the_first_token():
+    experts = torch.tensor([[0, 1]] * 20 + [[2, 1]] * 3 + [[3, 0]])  # 3 is the id to skip
+    found, plain = kernels.sort_visits(experts, 3, rounded=True), kernels.sort_visits(experts, 3)
+    assert plain.counts == [21, 23, 3] and found.counts == [32, 32, 3]
+    starts = [0, 32, 64]
+    for start, count, (_, part) in zip(starts, plain.counts, plain.slices()):
+        assert torch.equal(found.tokens[start : start + count], plain.tokens[part])
+        assert found.tokens[start + count : start + 32].count_nonzero() == 0
+    assert found.places[0].tolist() == [0, 32] and found.places[-1].tolist() == [67, 20]
+    assert [kernels.rounded_rows(count) for count in (0, 1, 16, 17, 256, 257, 1000)] == [0, 1, 16, 32, 256, 320, 1024]
+
+
+def test_an_expert_with_spare_rows_has_the_gradients_of_one_without():
+    inputs = visits(90, torch.bfloat16)  # up to 60 visits an expert
+    assert_same(
+        outputs_and_gradients(kernels.grouped_experts, inputs),
+        outputs_and_gradients(kernels.eager_experts, inputs),
+        **BFLOAT16,
+    )
 
 
 @pytest.mark.parametrize("operator", [experts_operator, experts_forward_operator])
