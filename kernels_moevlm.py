@@ -234,7 +234,7 @@ def one_call_pays(rows, counts, gate_up, down):
     if not (hasattr(F, "grouped_mm") and rows.device.type == "cpu" and rows.dtype == gate_up.dtype and fits):
         return False
     hit = len(counts) - counts.count(0)
-    least = 1 if rows.dtype == torch.float32 else 2
+    least = 1.0 if rows.dtype == torch.float32 else 1.5
     return not this_cpu().amd and least * hit <= len(rows) <= 128 * hit and hit > 1
 
 
