@@ -12,6 +12,7 @@ from .kernels_moevlm import (
     activation,
     combine,
     decode_experts,
+    forward_experts,
     grouped_backward,
     product_dtype,
     sort_visits,
@@ -118,9 +119,7 @@ def experts_operator(
 ) -> Tensor:
     if dtype == gate_up.dtype:
         return decode_experts(tokens, experts, weights, gate_up, down, activation(act))
-    visits = sort_visits(experts, gate_up.shape[0])
-    outputs = visit_experts(tokens, visits, gate_up, down, activation(act), dtype)
-    return combine(outputs, visits, weights.to(outputs.dtype))
+    return forward_experts(tokens, experts, weights, gate_up, down, activation(act), dtype)
 
 
 @torch.library.custom_op("moevlm::experts_forward", mutates_args=())

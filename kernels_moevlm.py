@@ -234,7 +234,7 @@ def one_call_pays(rows, counts, gate_up, down):
     if not (hasattr(F, "grouped_mm") and rows.device.type == "cpu" and rows.dtype == gate_up.dtype and fits):
         return False
     hit = len(counts) - counts.count(0)
-    least = 1.0 if rows.dtype == torch.float32 else 1.5
+    least = 1 if rows.dtype == torch.float32 else 2
     return not this_cpu().amd and least * hit <= len(rows) <= 128 * hit and hit > 1
 
 
@@ -330,9 +330,14 @@ def grouped_experts(tokens, experts, weights, gate_up, down, act):
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         if torch.is_grad_enabled() and any(each.requires_grad for each in (tokens, weights, gate_up, down)):
             return GroupedExperts.apply(tokens, weights, gate_up, down, experts, act, dtype)
-        visits = sort_visits(experts, gate_up.shape[0], rounding_pays(tokens, dtype))
-        outputs = visit_experts(tokens, visits, gate_up, down, act, dtype)
-        return combine(outputs, visits, weights.to(outputs.dtype))
+        return forward_experts(tokens, experts, weights, gate_up, down, act, dtype)
+
+
+def forward_experts(tokens, experts, weights, gate_up, down, act, dtype):
+    """[`grouped_experts`] without a backward pass; `dtype` is the products'."""
+    visits = sort_visits(experts, gate_up.shape[0], rounding_pays(tokens, dtype))
+    outputs = visit_experts(tokens, visits, gate_up, down, act, dtype)
+    return combine(outputs, visits, weights.to(outputs.dtype))
 
 
 def decode_experts(tokens, experts, weights, gate_up, down, act):
@@ -369,5 +374,5 @@ def keep_freed_memory():
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-__all__ = ["activation", "combine", "decode_experts", "eager_experts", "grouped_backward", "grouped_experts"]
-__all__ += ["keep_freed_memory", "product", "product_dtype", "sort_visits", "visit_experts"]
+__all__ = ["activation", "combine", "decode_experts", "eager_experts", "forward_experts", "grouped_backward"]
+__all__ += ["grouped_experts", "keep_freed_memory", "product", "product_dtype", "sort_visits", "visit_experts"]

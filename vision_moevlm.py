@@ -201,7 +201,8 @@ class MoeVlmVisionExperts(nn.Module):
             F.linear(self.act_fn(F.linear(tokens, up, up_bias)), down, down_bias)
             for tokens, up, up_bias, down, down_bias in zip(rows, *(weight.unbind(0) for weight in weights))
         ]
-        outputs = F.pad(torch.cat(outputs), (0, 0, 0, 1))  # (visits + 1, D): the last is for choices that are skipped
+        outputs.append(outputs[0].new_zeros(1, hidden_states.shape[-1]))  # for choices that are skipped
+        outputs = torch.cat(outputs)  # (visits + 1, D)
         outputs = outputs.index_select(0, visits.places.flatten()).unflatten(0, top_k_index.shape)  # (N, K, D)
         return (outputs * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
