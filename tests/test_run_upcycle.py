@@ -287,7 +287,8 @@ def test_each_recipe_is_one_of_a_command(path):
     assert len(fitting) == 1
 
 
-def test_the_chain_names_recipes_that_are_there():
-    named = re.findall(r"--recipe (\S+)", (ROOT / "configs" / "recipes" / "smol.sh").read_text())
-    assert len(named) == 6
-    assert all((ROOT / name).exists() for name in named)
+@pytest.mark.parametrize(("script", "recipes"), [("smol.sh", 6), ("smol_controls.sh", 5)])
+def test_the_chain_names_recipes_that_are_there(script, recipes):
+    named = re.findall(r"\w+\.yaml", (ROOT / "configs" / "recipes" / script).read_text())
+    assert len(named) == recipes
+    assert all((ROOT / "configs" / "recipes" / name).exists() for name in named)
