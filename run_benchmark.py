@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, logging
 from moevlm import benchmarking_moevlm as bench
 from moevlm.configuration_moevlm import MoeVlmConfig
 from moevlm.kernels_moevlm import keep_freed_memory
-from moevlm.peers_moevlm import DENSE, OURS, Shape, blocks, contestants, text_stacks, vlms
+from moevlm.peers_moevlm import DENSE, OURS, Shape, blocks, can_compile, contestants, text_stacks, vlms
 
 SHAPES = ("256,512,8,2", "576,1536,8,2", "1024,512,32,4", "2048,768,64,8")
 GROWTH = ("256,256,8,2", "256,256,64,2", "256,256,256,2")
@@ -133,11 +133,11 @@ def measure_decoding(args, dtype, batch_size, compiled):
     config = MoeVlmConfig.from_json_file(args.config) if args.config else MoeVlmConfig()
     made = getattr(torch, dtype)
     for shape, models in (("text stack", text_stacks(made, args.device)), ("MoeVlm", vlms(config, made, args.device))):
-        if compiled:
-            models = {name: model for name, model in models.items() if "eager" not in name and name != "Qwen3-MoE"}
-        runs = {
-            name: bench.decoding_case(model, batch_size, args.new_tokens, compiled) for name, model in models.items()
-        }
+        runs = {}
+        for name, model in models.items():
+            compiles = compiled and can_compile(name)
+            shown = name if compiles == compiled else f"{name} (not compiled)"
+            runs[shown] = bench.decoding_case(model, batch_size, args.new_tokens, compiles)
         times = bench.medians(bench.interleaved(runs, args.seconds, args.device))
         values = {name: batch_size * args.new_tokens / each for name, each in times.items()}
         kind = "decoding, compiled" if compiled else "decoding"
