@@ -133,6 +133,7 @@ def measure_decoding(args, dtype, batch_size, compiled):
     config = MoeVlmConfig.from_json_file(args.config) if args.config else MoeVlmConfig()
     made = getattr(torch, dtype)
     for shape, models in (("text stack", text_stacks(made, args.device)), ("MoeVlm", vlms(config, made, args.device))):
+        torch.compiler.reset()  # all models of a class share one limit of compiled forms
         runs = {}
         for name, model in models.items():
             compiles = compiled and can_compile(name)

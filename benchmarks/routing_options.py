@@ -23,18 +23,19 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
-# One change each from the recipe's own router: softmax, top-2 of 8, balance loss and z-loss.
+# What each changes in the recipe's own router: softmax, top-2 of 8, renormalised, balance and z-loss. The weight of a
+# lone expert is not renormalised: it would always be 1, and the router learn nothing from the answers.
 OPTIONS = {
     "softmax": {},
     "no balance loss": {"router_aux_loss_coef": 0.0},
     "no z-loss": {"router_z_loss_coef": 0.0},
-    "top-1": {"num_experts_per_tok": 1},
+    "top-1": {"num_experts_per_tok": 1, "norm_topk_prob": False},
     "sigmoid": {"scoring_func": "sigmoid"},
     "loss-free": {"scoring_func": "sigmoid", "use_router_bias": True, "router_aux_loss_coef": 0.0},
     "groups": {"n_group": 4, "topk_group": 2},
-    "dynamic width": {"router_top_p": 0.6, "router_local_entropy_coef": 0.01},
+    "dynamic width": {"router_top_p": 0.6, "norm_topk_prob": False, "router_local_entropy_coef": 0.01},
     "modality mask": {"expert_modalities": ["shared"] * 4 + ["image"] * 2 + ["text"] * 2},
-    "shared expert": {"num_experts_per_tok": 1, "n_shared_experts": 1},
+    "shared expert": {"num_experts_per_tok": 1, "norm_topk_prob": False, "n_shared_experts": 1},
     "dense": {"moe_layers": "none"},
 }
 
@@ -98,6 +99,7 @@ def numbers(folder):
     entropies = [value for name, value in last.items() if name.startswith("router_entropy_")]
     return {
         "VQA": metrics["vqa"]["vqa_accuracy"],
+        "positions": metrics["vqa"]["per_answer_type"].get("position"),
         "CIDEr": metrics["caption"]["CIDEr"],
         "turns": metrics["chat"]["turn_accuracy"],
         # 1 is even; E is one expert for all.
