@@ -232,7 +232,8 @@ def products_case(block, inputs):
 def decoding_case(model, batch_size, new_tokens, compiled):
     """A function of the round's number that decodes `new_tokens` greedily after a prompt of 16 random tokens."""
     prompt = torch.randint(10, 500, (batch_size, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    model.generation_config.eos_token_id = None  # all decode as many tokens, and none looks for an end
     if compiled:
         config = transformers.CompileConfig(fullgraph=True, mode="default")
         config._compile_all_devices = True

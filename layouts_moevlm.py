@@ -144,21 +144,24 @@ def rope_fields(text: MoeVlmTextConfig) -> dict[str, Any]:
     return {"rope_parameters": text.rope_parameters}
 
 
-def qwen3_moe_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder of a state dict of ours in Qwen3-MoE's naming, every expert by itself; the tensors are views."""
+def qwen3_moe_keys(state: Mapping[str, Tensor], stacked: bool = False) -> dict[str, Tensor]:
+    """The decoder of a state dict of ours in Qwen3-MoE's naming, every expert by itself; the tensors are views.
+
+    With `stacked`, experts stay stacked, as transformers 5 holds them in memory.
+    """
     out = {}
     for key, tensor in state.items():
         if not key.startswith((DECODER, "lm_head.")):
             continue
         name = f"model.{key.removeprefix(DECODER)}" if key.startswith(DECODER) else key
         found = SPARSE_KEY.fullmatch(name)
-        if found is None:
+        if found is None or stacked:
             out[name] = tensor
             continue
         parts = {"down_proj": tensor} if found[2] == "down_proj" else None
         if parts is None:
             gate, up = tensor.chunk(2, dim=1)  # (E, F, D) both
             parts = {"gate_proj": gate, "up_proj": up}
-        for part, stacked in parts.items():
-            out |= {f"{found[1]}{e}.{part}.weight": weight for e, weight in enumerate(stacked)}
+        for part, weights in parts.items():
+            out |= {f"{found[1]}{e}.{part}.weight": weight for e, weight in enumerate(weights)}
     return out

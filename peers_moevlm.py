@@ -14,6 +14,7 @@ from torch import nn
 from .base_moevlm import IS_TRANSFORMERS_5
 from .configuration_moevlm import MoeVlmConfig, MoeVlmTextConfig
 from .experts_moevlm import MoeVlmMLP, MoeVlmSparseBlock
+from .layouts_moevlm import qwen3_moe_config, qwen3_moe_keys
 from .modeling_moevlm import MoeVlmForConditionalGeneration
 
 OURS, DENSE = "ours", "dense"
@@ -218,26 +219,32 @@ def first_tensor(output):
 
 
 def text_stacks(dtype, device):
-    """Whole models of the sizes of `STACK`, by name: ours, and Qwen3-MoE with each implementation of transformers."""
+    """Whole models of the sizes and the weights of one: ours, and Qwen3-MoE with each implementation of transformers.
+
+    Equal weights send a token to the same experts in each, and so ask for the same work.
+    """
+    text = {**STACK, "intermediate_size": STACK["moe_intermediate_size"], "moe_layers": "all", "use_qk_norm": True}
     with made_as(dtype, device):
-        text = {**STACK, "intermediate_size": STACK["moe_intermediate_size"], "moe_layers": "all"}
         found = {OURS: MoeVlmForConditionalGeneration(MoeVlmConfig(text_config=text))}
+        weights, fields = found[OURS].state_dict(), qwen3_moe_config(found[OURS].config)
         for name in ("eager", "grouped_mm", "batched_mm") if IS_TRANSFORMERS_5 else ("",):
-            config = transformers.Qwen3MoeConfig(**STACK, intermediate_size=512, norm_topk_prob=True)
+            config = transformers.Qwen3MoeConfig(**fields)
             if name:
                 config._experts_implementation = name
-            found[f"Qwen3-MoE {name}".strip()] = transformers.Qwen3MoeForCausalLM(config)
+            model = found[f"Qwen3-MoE {name}".strip()] = transformers.Qwen3MoeForCausalLM(config)
+            model.load_state_dict(qwen3_moe_keys(weights, stacked=IS_TRANSFORMERS_5))
     return {name: model.eval() for name, model in found.items()}
 
 
 def vlms(config, dtype, device):
-    """One MoeVlm of `config` with our implementation, and on transformers 5 with each of the library's, by name."""
+    """One MoeVlm of `config` with our implementation and others, of the same weights, by name."""
     found = {}
     for name in ("auto", "eager", "grouped_mm", "batched_mm") if IS_TRANSFORMERS_5 else ("auto", "eager"):
         made = MoeVlmConfig.from_dict(config.to_dict())
         made.experts_implementation = name
         with made_as(dtype, device):
-            found[OURS if name == "auto" else name] = MoeVlmForConditionalGeneration(made).eval()
+            model = found[OURS if name == "auto" else name] = MoeVlmForConditionalGeneration(made).eval()
+        model.load_state_dict(found[OURS].state_dict())
     return found
 
 

@@ -41,7 +41,7 @@ SHIPPED_MAY_IMPORT = {
 # are checked, and JSON files read, by one function each.
 WORKSHOP_EXCEPTIONS = {"data": {"scenes", "dialogues", "records", "sources"}, "dialogues": {"scenes"}}
 WORKSHOP_EXCEPTIONS |= {"sources": {"scenes", "dialogues", "records"}, "tasks": {"records"}, "answers": {"records"}}
-WORKSHOP_EXCEPTIONS |= {"training": {"telemetry", "grounding"}, "grounding": {"collating"}}
+WORKSHOP_EXCEPTIONS |= {"training": {"telemetry", "grounding"}, "grounding": {"collating"}, "peers": {"layouts"}}
 # Besides the standard library: what each user of a transformers model with pictures has installed.
 PACKAGES = {"torch", "transformers", "numpy", "PIL", "tokenizers"}
 
