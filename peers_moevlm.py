@@ -221,7 +221,7 @@ def first_tensor(output):
 def text_stacks(dtype, device):
     """Whole models of the sizes and the weights of one: ours, and Qwen3-MoE with each implementation of transformers.
 
-    Equal weights send a token to the same experts in each, and so ask for the same work.
+    The weights are the same tensors: a token goes to the same experts in each, and finds them as near.
     """
     text = {**STACK, "intermediate_size": STACK["moe_intermediate_size"], "moe_layers": "all", "use_qk_norm": True}
     with made_as(dtype, device):
@@ -232,7 +232,7 @@ def text_stacks(dtype, device):
             if name:
                 config._experts_implementation = name
             model = found[f"Qwen3-MoE {name}".strip()] = transformers.Qwen3MoeForCausalLM(config)
-            model.load_state_dict(qwen3_moe_keys(weights, stacked=IS_TRANSFORMERS_5))
+            model.load_state_dict(qwen3_moe_keys(weights, stacked=IS_TRANSFORMERS_5), assign=True)
     return {name: model.eval() for name, model in found.items()}
 
 
@@ -244,7 +244,7 @@ def vlms(config, dtype, device):
         made.experts_implementation = name
         with made_as(dtype, device):
             model = found[OURS if name == "auto" else name] = MoeVlmForConditionalGeneration(made).eval()
-        model.load_state_dict(found[OURS].state_dict())
+            model.load_state_dict(found[OURS].state_dict(), assign=True)
     return found
 
 
