@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kernels_moevlm import (
+    MOST_SPARE_ROWS,
     activation,
     combine,
     decode_experts,
     forward_experts,
     grouped_backward,
     product_dtype,
+    rounding_pays,
     sort_visits,
     visit_experts,
 )
@@ -32,11 +34,16 @@ def batched_experts(tokens, experts, weights, gate_up, down, act):
 
 def dense_experts(tokens, experts, weights, gate_up, down, act):
     """Every expert on every token, weighted by 0 where it was not chosen: E/K times the work, and exportable."""
-    num_experts = gate_up.shape[0]
-    shares = weights.new_zeros(tokens.shape[0], num_experts + 1).scatter_add(1, experts, weights)[:, :num_experts]
     gate, up = torch.matmul(tokens, gate_up.transpose(1, 2)).chunk(2, dim=-1)  # (E, N, F) both
     outputs = torch.matmul(act(gate) * up, down.transpose(1, 2))  # (E, N, D)
-    return (outputs * shares.t().unsqueeze(-1)).sum(0).to(tokens.dtype)
+    return weighted_sum(outputs, experts, weights).to(tokens.dtype)
+
+
+def weighted_sum(outputs, experts, weights):
+    """What every expert made of every token, `(E, N, D)`, weighted by 0 where it was not chosen: `(N, D)`."""
+    num_experts, count, _ = outputs.shape
+    shares = weights.new_zeros(count, num_experts + 1).scatter_add(1, experts, weights)[:, :num_experts]
+    return (outputs * shares.t().unsqueeze(-1)).sum(0)
 
 
 def fits_grouped_mm(tokens, gate_up):
@@ -126,8 +133,8 @@ def experts_operator(
 def experts_forward_operator(
     tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    visits = sort_visits(experts, gate_up.shape[0])
-    hidden = tokens.new_empty(experts.numel(), gate_up.shape[1], dtype=dtype)  # (N*K, 2F)
+    visits = sort_visits(experts, gate_up.shape[0], rounding_pays(tokens, dtype))
+    hidden = tokens.new_empty(most_rows(tokens, experts, gate_up, dtype), gate_up.shape[1], dtype=dtype)
     outputs = visit_experts(tokens, visits, gate_up, down, activation(act), dtype, hidden)
     return combine(outputs, visits, weights.to(outputs.dtype)), hidden
 
@@ -143,8 +150,8 @@ def experts_backward_operator(
     hidden: Tensor,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    visits = sort_visits(experts, gate_up.shape[0])
-    hidden = hidden[: len(visits.tokens)]
+    visits = sort_visits(experts, gate_up.shape[0], rounding_pays(tokens, hidden.dtype))
+    hidden = hidden[: len(visits.tokens)]  # (R, 2F)
     return grouped_backward(grad_output, tokens, visits, weights, gate_up, down, hidden, activation(act))
 
 
@@ -155,7 +162,13 @@ def _(tokens, experts, weights, gate_up, down, act, dtype):
 
 @experts_forward_operator.register_fake
 def _(tokens, experts, weights, gate_up, down, act, dtype):
-    return torch.empty_like(tokens), tokens.new_empty(experts.numel(), gate_up.shape[1], dtype=dtype)
+    rows = most_rows(tokens, experts, gate_up, dtype)
+    return torch.empty_like(tokens), tokens.new_empty(rows, gate_up.shape[1], dtype=dtype)
+
+
+def most_rows(tokens, experts, gate_up, dtype):
+    """What no routing of `experts` exceeds in rows: a graph has to know the memory before it knows the routing."""
+    return experts.numel() + (gate_up.shape[0] * MOST_SPARE_ROWS if rounding_pays(tokens, dtype) else 0)
 
 
 @experts_backward_operator.register_fake
@@ -185,3 +198,4 @@ def opaque_experts(tokens, experts, weights, gate_up, down, act):
 
 
 __all__ = ["batched_experts", "dense_experts", "fits_grouped_mm", "grouped_mm_experts", "opaque_experts"]
+__all__ += ["weighted_sum"]

@@ -10,9 +10,10 @@ Each `*_experts` function takes `tokens` `(N, D)`, `experts` `(N, K)` (the id E 
 """
 
 import ctypes
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import accumulate
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,9 @@ from transformers.activations import ACT2FN
 
 @cache
 def activation(name):
-    """The activation that a config names, one object for each name."""
-    return F.silu if name in ("silu", "swish") else ACT2FN[name]
+    """The activation that a config names, one object for each name; its result is new memory, to be written to."""
+    known = {"silu": F.silu, "swish": F.silu, "linear": torch.clone}
+    return known[name] if name in known else ACT2FN[name]
 
 
 def eager_experts(tokens, experts, weights, gate_up, down, act):
@@ -73,16 +75,25 @@ def matrix_vector(matrices, vectors):
         return paired_matrix_vector(matrices, vectors)
     out = vectors.new_empty(len(matrices), matrices[0].shape[0])
     native = on_cpu and vectors.dtype == torch.bfloat16 and this_cpu().native_bfloat16
-    enabled = torch._C._get_mkldnn_enabled()
-    try:
-        if native:
-            torch._C._set_mkldnn_enabled(False)
+    with without_onednn() if native else nullcontext():
         for matrix, vector, place in zip(matrices, vectors.expand(len(matrices), -1).unbind(0), out.unbind(0)):
             torch.mv(matrix, vector, out=place)
-    finally:
-        if native:
-            torch._C._set_mkldnn_enabled(enabled)
     return out
+
+
+ONEDNN_SWITCH = Lock()
+
+
+@contextmanager
+def without_onednn():
+    """PyTorch's own products inside; the switch is the whole process's, so one thread at a time."""
+    with ONEDNN_SWITCH:
+        enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
 
 
 def paired_matrix_vector(matrices, vectors):
@@ -174,6 +185,9 @@ def sort_visits(experts, num_experts, rounded=False):
     places = torch.empty_like(order).scatter_(0, order, places).clamp_(max=rows)
     tokens = order.new_zeros(rows + 1).scatter_(0, places, ranks // experts.shape[-1])[:rows]
     return Visits(counts, tokens, places.view_as(experts))
+
+
+MOST_SPARE_ROWS = 63  # that `rounded_rows` adds to an expert
 
 
 def rounded_rows(count):

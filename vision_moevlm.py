@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from .base_moevlm import ROUTER_RECORDERS, MoeVlmPreTrainedModel, init, recorded
 from .configuration_moevlm import MoeVlmVisionConfig
 from .experts_moevlm import MoeVlmExperts, MoeVlmSparseBlock
+from .graphs_moevlm import weighted_sum
 from .kernels_moevlm import sort_visits
 
 
@@ -194,17 +195,29 @@ class MoeVlmVisionExperts(nn.Module):
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """As [`MoeVlmExperts.forward`]: tokens `(N, D)`, experts and weights `(N, K)` -> `(N, D)`."""
-        visits = sort_visits(top_k_index, self.num_experts)
-        rows = hidden_states[visits.tokens].split(visits.counts)
-        weights = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
+        run = self.every_expert if torch.compiler.is_compiling() or torch.jit.is_tracing() else self.chosen_experts
+        return run(hidden_states, top_k_index, top_k_weights).to(hidden_states.dtype)
+
+    def every_expert(self, tokens, experts, weights):
+        """All experts on all tokens: E/K times the work, and fit for graphs, as no shape depends on the routing."""
+        rows = tokens.expand(self.num_experts, -1, -1)  # (E, N, D)
+        hidden = self.act_fn(torch.baddbmm(self.up_proj_bias.unsqueeze(1), rows, self.up_proj.transpose(1, 2)))
+        outputs = torch.baddbmm(self.down_proj_bias.unsqueeze(1), hidden, self.down_proj.transpose(1, 2))
+        return weighted_sum(outputs, experts, weights)
+
+    def chosen_experts(self, tokens, experts, weights):
+        """One expert after the other, on the tokens that chose it."""
+        visits = sort_visits(experts, self.num_experts)
+        rows = tokens[visits.tokens].split(visits.counts)
+        stacked = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
         outputs = [  # unbind, not weight[e]: each index would build a zero gradient of all E experts
-            F.linear(self.act_fn(F.linear(tokens, up, up_bias)), down, down_bias)
-            for tokens, up, up_bias, down, down_bias in zip(rows, *(weight.unbind(0) for weight in weights))
+            F.linear(self.act_fn(F.linear(row, up, up_bias)), down, down_bias)
+            for row, up, up_bias, down, down_bias in zip(rows, *(weight.unbind(0) for weight in stacked))
         ]
-        outputs.append(outputs[0].new_zeros(1, hidden_states.shape[-1]))  # for choices that are skipped
+        outputs.append(outputs[0].new_zeros(1, tokens.shape[-1]))  # for choices that are skipped
         outputs = torch.cat(outputs)  # (visits + 1, D)
-        outputs = outputs.index_select(0, visits.places.flatten()).unflatten(0, top_k_index.shape)  # (N, K, D)
-        return (outputs * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+        outputs = outputs.index_select(0, visits.places.flatten()).unflatten(0, experts.shape)  # (N, K, D)
+        return (outputs * weights.unsqueeze(-1)).sum(1)
 
 
 class MoeVlmVisionLayer(GradientCheckpointingLayer):

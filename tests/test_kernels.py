@@ -3,6 +3,8 @@
 Shapes: N tokens, D hidden, E experts, K experts per token, F expert width.
 """
 
+from threading import Event, Thread
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -121,9 +123,10 @@ def test_a_token_that_visits_one_expert_twice_counts_both(form):
     assert_same(outputs_and_gradients(FORMS[form], inputs), outputs_and_gradients(dumb_experts, inputs), **FLOAT32)
 
 
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "linear"])
 @pytest.mark.parametrize("form", ["grouped", "dense", "batched"])
-def test_other_activations_have_their_own_gradient(form):
-    inputs, act = visits(9), kernels.activation("gelu_pytorch_tanh")
+def test_other_activations_have_their_own_gradient(form, name):
+    inputs, act = visits(9), kernels.activation(name)
     expected = outputs_and_gradients(dumb_experts, inputs, act)
     assert_same(outputs_and_gradients(FORMS[form], inputs, act), expected, **FLOAT32)
 
@@ -199,6 +202,21 @@ def test_a_matrix_times_a_vector_is_right_on_every_cpu(monkeypatch, cpu, dtype, 
     # Sums of 4100 products of size 1 are of size 64.
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1.0 if dtype == torch.bfloat16 else 1e-3)
     assert torch._C._get_mkldnn_enabled()
+
+
+def test_two_threads_do_not_leave_the_switch_of_onednn_off():
+    inside = Event()
+
+    def second():
+        with kernels.without_onednn():
+            inside.set()
+
+    with kernels.without_onednn():
+        thread = Thread(target=second)
+        thread.start()
+        assert not inside.wait(0.1)
+    thread.join()
+    assert inside.is_set() and torch._C._get_mkldnn_enabled()
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ SHIPPED_MAY_IMPORT = {
     "experts": {"graphs", "kernels", "routing"},
     "summary": set(),
     "base": {"experts", "routing", "summary", "configuration"},
-    "vision": {"base", "experts", "kernels", "configuration"},
+    "vision": {"base", "experts", "graphs", "kernels", "configuration"},
     "modeling": {
         "vision",
         "base",

@@ -5,10 +5,11 @@ Shapes: I images, P patches, D hidden, r pixel shuffle factor.
 
 import pytest
 import torch
+from dumb_experts import output_and_gradients
 
 from moevlm.configuration_moevlm import MoeVlmConnectorConfig, MoeVlmVisionConfig
 from moevlm.modeling_moevlm import MoeVlmConnector
-from moevlm.vision_moevlm import MoeVlmVisionModel
+from moevlm.vision_moevlm import MoeVlmVisionExperts, MoeVlmVisionModel
 
 SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 # Another kernel or order of sums: a few float32 roundings.
@@ -137,6 +138,49 @@ def test_every_parameter_of_a_sparse_tower_gets_a_gradient(stem):
     tower = vision_tower(stem=stem, moe_layers="all", use_class_token=True, use_pre_layernorm=True).train()
     tower(torch.randn(2, 3, 32, 32)).last_hidden_state.square().sum().backward()
     assert [name for name, parameter in tower.named_parameters() if parameter.grad is None] == []
+
+
+def dumb_two_layers(experts, tokens, chosen, weights):
+    """Each visit alone; the id E is skipped."""
+    outputs = [torch.zeros(0, tokens.shape[1])]
+    for token, ids, shares in zip(tokens, chosen.tolist(), weights):
+        output = torch.zeros_like(token)
+        for e, share in zip(ids, shares):
+            if e < experts.num_experts:
+                hidden = experts.act_fn(experts.up_proj[e] @ token + experts.up_proj_bias[e])
+                output = output + share * (experts.down_proj[e] @ hidden + experts.down_proj_bias[e])
+        outputs.append(output.unsqueeze(0))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("form", ["chosen_experts", "every_expert"])
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_two_layer_experts_equal_the_dumb_loop_in_outputs_and_every_gradient(form, count):
+    experts = MoeVlmVisionExperts(vision_config(expert_form="mlp", moe_layers="all"))
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    # Of four experts the last gets no visit; the id 4 is skipped.
+    chosen, weights = torch.tensor([[0, 1], [4, 2], [2, 0]]).repeat(3, 1)[:count], torch.rand(count, 2)
+    tokens = torch.randn(count, 16)
+    run = getattr(experts, form)
+    expected = output_and_gradients(experts, lambda x: dumb_two_layers(experts, x, chosen, weights), tokens)
+    found = output_and_gradients(experts, lambda x: run(x, chosen, weights), tokens)
+    for name, value in expected.items():
+        like = tokens if name == "tokens" else dict(experts.named_parameters()).get(name, value)
+        values = (torch.zeros_like(like) if each is None else each for each in (found[name], value))
+        torch.testing.assert_close(*values, **FLOAT32)
+
+
+@pytest.mark.parametrize("expert_form", ["swiglu", "mlp"])
+def test_a_sparse_tower_is_one_graph_and_exports(expert_form):
+    torch.compiler.reset()
+    tower, pictures = vision_tower(moe_layers="all", expert_form=expert_form), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = tower(pictures).last_hidden_state
+        compiled = torch.compile(tower, fullgraph=True, backend="eager")(pictures).last_hidden_state
+        exported = torch.export.export(tower, (pictures,)).module()(pictures).last_hidden_state
+    torch.testing.assert_close(compiled, expected, **FLOAT32)
+    torch.testing.assert_close(exported, expected, **FLOAT32)
 
 
 def test_a_fresh_convolutional_stem_is_initialised_for_relu():
