@@ -32,6 +32,13 @@ OPTIONS = {
     "top-1": {"num_experts_per_tok": 1, "norm_topk_prob": False},
     "sigmoid": {"scoring_func": "sigmoid"},
     "loss-free": {"scoring_func": "sigmoid", "use_router_bias": True, "router_aux_loss_coef": 0.0},
+    "jitter": {"router_jitter_noise": 0.1},
+    "balance per modality": {"router_aux_loss_per_modality": True},
+    "LIMoE entropies": {
+        "router_aux_loss_coef": 0.0,
+        "router_local_entropy_coef": 0.01,
+        "router_global_entropy_coef": 0.1,
+    },
     "groups": {"n_group": 4, "topk_group": 2},
     "dynamic width": {"router_top_p": 0.6, "norm_topk_prob": False, "router_local_entropy_coef": 0.01},
     "modality mask": {"expert_modalities": ["shared"] * 4 + ["image"] * 2 + ["text"] * 2},
