@@ -17,10 +17,13 @@ from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmForConditionalGeneration
 from .processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
 
+# What commands write beside a model.
+REPORTS = ("upcycling.json", "downcycling.json", "trainer_state.json")
+
 
 def checkpoints(output_dir: str) -> list[Path]:
     """The whole checkpoints of a run, oldest first; one that was cut off while saving has no trainer state yet."""
-    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-[0-9]*/trainer_state.json")]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -62,7 +65,7 @@ def clear(args: TrainingArguments) -> None:
             f"output_dir={args.output_dir} holds an unfinished run; go on with --resume_from_checkpoint last, "
             "delete it with --overwrite_output_dir, or choose another output_dir"
         )
-    for path in Path(args.output_dir).glob("checkpoint-*"):
+    for path in Path(args.output_dir).glob("checkpoint-[0-9]*"):
         shutil.rmtree(path)
 
 
@@ -144,18 +147,49 @@ def move_into(incoming: Path, target: Path) -> None:
 def whole_folder(output_dir: str, overwrite: bool = False) -> Iterator[Path]:
     """A folder that takes the place of `output_dir` once it is whole, and vanishes if anything fails.
 
+    At every instant the old folder or the new one is whole; what a killed run moved aside is moved back by the next.
+
     Raises:
-        FileExistsError: `output_dir` is not empty, and `overwrite` does not allow to replace it.
+        FileExistsError: `output_dir` is not empty, and `overwrite` does not allow to replace it, or it holds nothing
+            of ours, or it is the folder that the command runs in.
     """
     target = Path(output_dir).resolve()
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"output_dir={target} is not empty; choose another, or add --overwrite_output_dir")
-    incoming = target.with_name(f".{target.name}.incoming")
+    incoming, old = (target.with_name(f".{target.name}.{role}") for role in ("incoming", "old"))
     shutil.rmtree(incoming, ignore_errors=True)
+    if old.exists():
+        old.rename(incoming if target.exists() else target)
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"output_dir={target} is not empty; choose another, or add --overwrite_output_dir")
+        if Path.cwd().is_relative_to(target) or not is_ours(target):
+            raise FileExistsError(
+                f"output_dir={target} is not replaced by --overwrite_output_dir: it holds no model of ours, or the "
+                "command runs in it; choose another, or empty it yourself"
+            )
     try:
+        shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir(parents=True)
         yield incoming
-        shutil.rmtree(target, ignore_errors=True)
-        incoming.rename(target)
+        swap(incoming, target, old)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a command of ours wrote this folder: a model, a report about one, or a run's checkpoints."""
+    if (config := folder / "config.json").exists():
+        return f'"{MoeVlmConfig.model_type}"' in config.read_text(encoding="utf-8")
+    return bool(checkpoints(str(folder))) or any((folder / name).exists() for name in REPORTS)
+
+
+def swap(incoming: Path, target: Path, old: Path) -> None:
+    """Give `incoming` the name `target`, and what was there the name `incoming`; `old` is its name in between."""
+    try:
+        if target.exists():
+            target.rename(old)
+        incoming.rename(target)
+        if old.exists():
+            old.rename(incoming)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 
-from moevlm.checkpoints_moevlm import finish, last_checkpoint, starting_point
+from moevlm.checkpoints_moevlm import finish, last_checkpoint, starting_point, whole_folder
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
 from moevlm.training_moevlm import ModelArguments, MoeVlmTrainer, MoeVlmTrainingArguments, adapt
@@ -140,3 +142,93 @@ def test_a_lora_run_leaves_the_adapter_and_the_merged_whole(tmp_path, model, bat
         torch.testing.assert_close(loaded(**batch).logits, trained, atol=1e-4, rtol=1e-3)
     for name, value in merged.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+# A folder that takes another's place
+
+OLD, NEW = {"config.json": '{"model_type": "moevlm"}', "weights": "old"}, {"config.json": "{}", "weights": "new"}
+
+
+def written(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def content(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def replace(target):
+    with whole_folder(str(target), overwrite=True) as folder:
+        written(folder, NEW)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", range(6))
+def test_whenever_an_overwrite_is_interrupted_one_of_the_two_is_whole(step, when, tmp_path, monkeypatch):
+    target, steps = written(tmp_path / "made", OLD), iter(range(100))
+
+    def interrupted(function):
+        def run(*args, **kwargs):
+            stop = next(steps) == step
+            if stop and when == "before":
+                raise KeyboardInterrupt
+            function(*args, **kwargs)
+            if stop:
+                raise KeyboardInterrupt
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted(Path.rename))
+        patch.setattr(shutil, "rmtree", interrupted(shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            replace(target)
+    assert content(target) in (OLD, NEW)
+    target.joinpath("config.json").write_text(OLD["config.json"])
+    replace(target)
+    assert content(target) == NEW
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_run_killed_between_two_renames_is_put_right_by_the_next(tmp_path):
+    written(tmp_path / ".made.old", OLD)
+    with pytest.raises(FileExistsError, match="--overwrite_output_dir"), whole_folder(str(tmp_path / "made")):
+        pass
+    assert content(tmp_path / "made") == OLD
+
+
+@pytest.mark.parametrize("files", [{"thesis.tex": "years"}, {"config.json": '{"model_type": "llama"}', "weights": "1"}])
+def test_a_folder_that_is_not_ours_is_not_replaced(files, tmp_path):
+    target = written(tmp_path / "made", files)
+    with pytest.raises(FileExistsError, match="no model of ours"):
+        replace(target)
+    assert content(target) == files
+
+
+def test_the_folder_that_the_command_runs_in_is_not_replaced(tmp_path, monkeypatch):
+    (written(tmp_path / "made", OLD) / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "made" / "inner")
+    with pytest.raises(FileExistsError, match="the command runs in it"):
+        replace("..")
+
+
+@pytest.mark.parametrize("name", ["upcycling.json", "downcycling.json", "trainer_state.json", "checkpoint-3"])
+def test_what_commands_leave_counts_as_ours(name, tmp_path):
+    target = tmp_path / "made"
+    if name.startswith("checkpoint"):
+        checkpoint(target, 3)
+    else:
+        written(target, {name: "{}"})
+    replace(target)
+    assert content(target) == NEW
+
+
+def test_only_numbered_checkpoints_are_a_run_s(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(str(tmp_path)) is None
+    assert starting_point(arguments(tmp_path)) is None
+    assert (tmp_path / "checkpoint-best").exists()
