@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from .configuration_moevlm import MoeVlmConfig
 
@@ -14,6 +14,37 @@ VISION_FAMILIES = ("siglip", "siglip2", "clip")
 WHOLE_FAMILIES = ("smolvlm", "idefics3", "llava", "moevlm")
 # What may stand in a parent's config only as given here: our decoder has no switch for anything else.
 TEXT_DEMANDS = {"mlp_bias": False, "clip_qkv": None, "partial_rotary_factor": 1.0, "no_rope_layers": None}
+
+
+def refuse_unknown(family: str | None, source: str) -> None:
+    """Raise for a `model_type` that transformers does not know, before it does so without naming ours.
+
+    Raises:
+        ValueError: It is unknown; the known ones are listed.
+    """
+    if family not in CONFIG_MAPPING:
+        text, tower, whole = map(", ".join, (TEXT_FAMILIES, VISION_FAMILIES, WHOLE_FAMILIES))
+        raise ValueError(
+            f"{source}: transformers does not know model_type={family!r}, nor do we; known are, for the text, {text}; "
+            f"for the tower, {tower}; whole, {whole}"
+        )
+
+
+def picture_remarks(settings: Mapping[str, Any]) -> list[str]:
+    """What a parent's image processor does to the shape of a picture, and ours does not; nothing without a difference.
+
+    Args:
+        settings: Of its preprocessor_config.json.
+    """
+    size = settings.get("size")
+    edges = isinstance(size, Mapping) and ("shortest_edge" in size or "longest_edge" in size)
+    habits = {
+        "cuts out the centre": settings.get("do_center_crop"),
+        "pads": settings.get("do_pad"),
+        "keeps the proportions": edges or "max_num_patches" in settings,  # the latter is SigLIP2's NaFlex
+    }
+    named = [habit for habit, found in habits.items() if found]
+    return [f"the parent's image processor {', '.join(named)}; here each picture is scaled to a square"] * bool(named)
 
 
 def text_fields(config: PretrainedConfig, notes: list[str]) -> dict[str, Any]:
@@ -147,7 +178,7 @@ def connector_fields(config: PretrainedConfig) -> dict[str, Any]:
     """Fields of `MoeVlmConnectorConfig` that rebuild the connector of a whole model.
 
     Raises:
-        ValueError: An unknown family, or several feature layers.
+        ValueError: An unknown family, several feature layers, or a feature that this model has no place for.
     """
     family = config.model_type
     if family == "moevlm":
@@ -161,6 +192,11 @@ def connector_fields(config: PretrainedConfig) -> dict[str, Any]:
     kept_class = config.vision_feature_select_strategy != "default"
     if kept_class and "clip" in config.vision_config.model_type:
         raise ValueError("vision_feature_select_strategy='full' keeps CLIP's class token, which has no place here")
+    if not kept_class and "siglip" in config.vision_config.model_type:
+        raise ValueError(
+            "vision_feature_select_strategy='default' drops the first patch of a tower without a class token "
+            f"({config.vision_config.model_type}), which has no place here; 'full' only"
+        )
     return {
         "projector": "mlp",
         "projector_act": config.projector_hidden_act,
@@ -191,6 +227,9 @@ def dense_config(
         feature_layer: Of a vision parent, see [`vision_fields`]; a whole parent knows its own.
         projector, pixel_shuffle_factor: Of a new connector; the factor is by default the smallest from 2 to 4 that
             divides the patches of a side, else 1.
+
+    Raises:
+        ValueError: A parent that does not fit, by the name of its field; a decoder that is too short for a picture.
     """
     notes: list[str] = []
     if whole := configs.get("whole"):
@@ -204,6 +243,8 @@ def dense_config(
         vision_config = getattr(vision_config, "vision_config", vision_config)
         connector = {"projector": projector}
     vision = vision_config if isinstance(vision_config, dict) else vision_fields(vision_config, feature_layer)
+    if whole and whole.model_type == "llava":
+        vision["use_post_layernorm"] = False  # it reads hidden states, the last one too before the final norm
     if "pixel_shuffle_factor" not in connector:
         side = MoeVlmConfig(vision_config=dict(vision)).vision_config.patches_per_side
         fitting = [factor for factor in (2, 3, 4) if side % factor == 0]
@@ -217,4 +258,10 @@ def dense_config(
     config = MoeVlmConfig(
         text_config=text, vision_config=vision, connector_config=connector, image_token_id=image_token_id
     )
+    positions, picture = config.text_config.max_position_embeddings, config.image_seq_length
+    if positions <= picture:
+        raise ValueError(
+            f"a picture takes {picture} tokens, but the text parent sees {positions} (max_position_embeddings, or a "
+            "smaller sliding_window); raise pixel_shuffle_factor, or take another parent"
+        )
     return config, notes

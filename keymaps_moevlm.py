@@ -77,7 +77,10 @@ DROPPED = {
 # Keys that have a name with us, but that this model has no place for.
 UNPLACED = (
     (r"lm_head\.weight", "tied to the token embeddings"),
-    (re.escape(TOWER) + r"post_layernorm\..*", "no norm follows the feature layer (CLIP norms its pooled output only)"),
+    (
+        re.escape(TOWER) + r"post_layernorm\..*",
+        "no norm follows the feature layer (CLIP norms its pooled output only; LLaVA reads before it)",
+    ),
     (re.escape(TOWER) + r"layers\..*", "behind vision_feature_layer"),
 )
 
@@ -137,15 +140,19 @@ def map_keys(keys: Iterable[str], kind: str, ours: Iterable[str], parts: tuple[s
         parts: Prefixes of our keys that this parent shall fill; None for all that it can.
 
     Raises:
-        ValueError: Keys that no rule knows; they are listed.
+        ValueError: Keys that no rule knows; they are listed. Two keys for one place.
     """
-    result, unknown, ours = KeyMap(), [], set(ours)
+    result, unknown, ours, taken = KeyMap(), [], set(ours), {}
     for key in keys:
         placed = place(key, kind)
         if placed and parts is not None and not placed[0].startswith(parts):
             result.dropped[key] = "another parent fills this part"
         elif placed and placed[0] in ours:
-            result.pieces.setdefault(placed[0], []).append(placed[1])
+            target, piece = placed
+            other = taken.setdefault((target, piece.expert, piece.half), key)
+            if other != key:
+                raise ValueError(f"the {kind} parent has both {other} and {key} for {target}; remove the one not meant")
+            result.pieces.setdefault(target, []).append(piece)
         elif reason := reason_for(placed[0], UNPLACED) if placed else reason_for(key, DROPPED[kind]):
             result.dropped[key] = reason
         else:

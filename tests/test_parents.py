@@ -10,12 +10,27 @@ from tiny_parents import SQUARE, TEXT, VISION
 from transformers import AutoModelForCausalLM
 
 import run_upcycle
+from moevlm.keymaps_moevlm import map_keys
 from moevlm.processing_moevlm import train_tokenizer
 
 SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SIDE = {**VISION, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 5e5}
+
+
+# Kinds of stretched rotary positions; 32 of the 128 positions are the original ones, a head has 4 frequencies.
+SCALED = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "longrope": {
+        "short_factor": [1.0, 2.0, 3.0, 4.0],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
 
 
 def rope(parameters):
@@ -28,6 +43,12 @@ def rope(parameters):
 TEXT_PARENTS = {
     "llama": lambda: transformers.LlamaConfig(**TEXT),
     "llama3_rope_tied": lambda: transformers.LlamaConfig(**TEXT, tie_word_embeddings=True, **rope(LLAMA3)),
+    **{
+        f"{name}_rope": lambda fields=fields, name=name: transformers.LlamaConfig(
+            **TEXT, **rope({"rope_type": name, "rope_theta": 1e4, **fields})
+        )
+        for name, fields in SCALED.items()
+    },
     "mistral": lambda: transformers.MistralConfig(**TEXT, sliding_window=100),
     "qwen2": lambda: transformers.Qwen2Config(**TEXT),
     "qwen3": lambda: transformers.Qwen3Config(**TEXT, head_dim=16, tie_word_embeddings=True),
@@ -36,6 +57,14 @@ TEXT_PARENTS = {
         **TEXT, **SPARSE, shared_expert_intermediate_size=32, decoder_sparse_step=2
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**TEXT, **SPARSE, head_dim=8, norm_topk_prob=True),
+    "qwen3_moe_every_other": lambda: transformers.Qwen3MoeConfig(
+        **{**TEXT, "num_hidden_layers": 4},
+        **SPARSE,
+        head_dim=8,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        norm_topk_prob=False,
+    ),
     "olmoe": lambda: transformers.OlmoeConfig(**TEXT, num_experts=4, num_experts_per_tok=2),
 }
 VISION_PARENTS = {
@@ -46,6 +75,10 @@ VISION_PARENTS = {
     "siglip2": lambda: transformers.Siglip2VisionModel(
         transformers.Siglip2VisionConfig(**VISION, patch_size=8, num_patches=16)
     ),
+    "siglip2_with_text": lambda: transformers.Siglip2Model(
+        transformers.Siglip2Config(vision_config={**VISION, "patch_size": 8, "num_patches": 16}, text_config=SIDE)
+    ),
+    "clip_projected": lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**SQUARE)),
     "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SQUARE)),
     "clip_with_text": lambda: transformers.CLIPModel(transformers.CLIPConfig(vision_config=SQUARE, text_config=SIDE)),
 }
@@ -56,10 +89,14 @@ def llama_text():
 
 
 def whole_llava(**fields):
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**SQUARE), text_config=llama_text(), image_token_index=261, **fields
-    )
+    parts = {"vision_config": transformers.CLIPVisionConfig(**SQUARE), "text_config": llama_text()}
+    config = transformers.LlavaConfig(**parts | {"image_token_index": 261, **fields})
     return transformers.LlavaForConditionalGeneration(config)
+
+
+def siglip_llava(layer, strategy="full"):
+    tower = transformers.SiglipVisionConfig(**SQUARE)
+    return whole_llava(vision_config=tower, vision_feature_layer=layer, vision_feature_select_strategy=strategy)
 
 
 def whole_shuffled(config_class, model_class):
@@ -74,6 +111,12 @@ WHOLE_PARENTS = {
     "idefics3": lambda: whole_shuffled(transformers.Idefics3Config, transformers.Idefics3ForConditionalGeneration),
     "llava": whole_llava,
     "llava_first_block": lambda: whole_llava(vision_feature_layer=1),
+    "llava_last_state": lambda: whole_llava(vision_feature_layer=-1),
+    "llava_siglip": lambda: siglip_llava(-2),
+    "llava_siglip_last_state": lambda: siglip_llava(-1),
+    "llava_mistral_no_bias": lambda: whole_llava(
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=100), multimodal_projector_bias=False
+    ),
 }
 
 
@@ -161,6 +204,24 @@ def test_a_whole_parent_is_kept_with_its_connector(name, parent, upcycle):
     assert not [key for key in report["keys"]["new"] if "connector" in key]
 
 
+def test_a_feature_choice_that_needs_a_class_token_is_refused_without_one(parent, upcycle):
+    with pytest.raises(ValueError, match="'default' drops the first patch .* without a class token"):
+        upcycle(model_name_or_path=parent("llava", siglip_llava(-2, "default")))
+
+
+def test_a_sparse_parent_in_shards_is_the_same_as_in_one_file(parent, upcycle, tmp_path):
+    model = AutoModelForCausalLM.from_config(TEXT_PARENTS["qwen3_moe"]())
+    text, vision = parent("moe", model), parent("siglip", VISION_PARENTS["siglip"](), False)
+    _, made = upcycle(text=text, vision=vision)
+    whole = (made.rename(tmp_path / "whole") / "model.safetensors").read_bytes()
+    (tmp_path / "moe" / "model.safetensors").unlink()
+    model.save_pretrained(text, max_shard_size="10KB")
+    assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 4
+    report, made = upcycle(text=text, vision=vision)
+    assert (made / "model.safetensors").read_bytes() == whole
+    assert report["keys"]["text"]["merged"]
+
+
 def test_a_picture_of_smolvlm_keeps_its_frame_in_the_chat(parent, upcycle):
     _, made = upcycle(model_name_or_path=parent("smolvlm", WHOLE_PARENTS["smolvlm"]()))
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
@@ -186,6 +247,23 @@ def test_a_window_of_the_parent_bounds_the_positions(parent, upcycle):
     )
     assert json.loads((made / "config.json").read_text())["text_config"]["max_position_embeddings"] == 100
     assert any("100 tokens back" in note for note in report["notes"])
+
+
+def test_a_window_below_a_picture_is_refused(parent, upcycle):
+    text = parent("text", AutoModelForCausalLM.from_config(transformers.MistralConfig(**TEXT, sliding_window=4)))
+    vision = parent("siglip", VISION_PARENTS["siglip"](), False)
+    with pytest.raises(ValueError, match="a picture takes 4 tokens, but the text parent sees 4 .*pixel_shuffle_factor"):
+        upcycle(text=text, vision=vision, skip_proof=True)
+    # A smaller picture fits.
+    report, _ = upcycle(text=text, vision=vision, pixel_shuffle_factor=4)
+    check(report, {"text": text, "vision": vision})
+
+
+@pytest.mark.parametrize("key", ["norm.weight", "layers.0.mlp.experts.1.down_proj.weight"])
+def test_two_keys_for_one_place_are_both_named(key):
+    ours = ["model.language_model.norm.weight", "model.language_model.layers.0.mlp.experts.down_proj"]
+    with pytest.raises(ValueError, match=f"both model.{key} and {key} for model.language_model"):
+        map_keys([f"model.{key}", key], "text", ours)
 
 
 @pytest.mark.parametrize(
