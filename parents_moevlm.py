@@ -19,6 +19,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from .configmaps_moevlm import picture_remarks, refuse_unknown
 from .configuration_moevlm import MoeVlmConfig
 from .processing_moevlm import IMAGE_TOKEN, MoeVlmProcessor, build_processor
 
@@ -30,6 +31,9 @@ except ImportError:
 # How these families frame a picture in the text.
 FRAME = f"<fake_token_around_image><global-img>{IMAGE_TOKEN}<fake_token_around_image>"
 IMAGE_FRAMES = {"smolvlm": FRAME, "idefics3": FRAME}
+# Settings that only sampling reads, with the values that say nothing.
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+SAMPLING |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 TOWERS = {
     "siglip": transformers.SiglipVisionModel,
     "siglip2": transformers.Siglip2VisionModel,
@@ -98,32 +102,59 @@ class Shards(Mapping):
     """The tensors of a checkpoint folder, each read from disk when it is asked for: never more than one in memory.
 
     Args:
-        folder: Holds `*.safetensors` or `pytorch_model*.bin`.
+        folder: Its files are those of [`weight_files`].
 
     Raises:
-        FileNotFoundError: The folder has neither.
+        FileNotFoundError: The folder has no weights, or not all that its index names.
+        ValueError: Two files hold the same tensor.
     """
 
     def __init__(self, folder: Path):
-        self.files: dict[str, Any] = {}
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            shard = safe_open(path, framework="pt")
-            self.files.update(dict.fromkeys(shard.keys(), shard))
-        self.tensors: dict[str, Tensor] = {}
-        if not self.files:
-            for path in sorted(Path(folder).glob("pytorch_model*.bin")):
-                self.tensors.update(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-        if not self.files and not self.tensors:
-            raise FileNotFoundError(f"{folder} holds no *.safetensors and no pytorch_model*.bin; download it whole")
+        self.holders: dict[str, Any] = {}  # by key: the open file, or the dict of a .bin file
+        places: dict[str, str] = {}
+        for path in weight_files(Path(folder)):
+            if path.suffix == ".bin":
+                holder = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            else:
+                holder = safe_open(path, framework="pt")
+            for key in holder.keys():
+                if key in places:
+                    raise ValueError(f"{folder}: {key} stands in {places[key]} and in {path.name}; remove the old one")
+                places[key], self.holders[key] = path.name, holder
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.files[key].get_tensor(key) if key in self.files else self.tensors[key]
+        holder = self.holders[key]
+        return holder[key] if isinstance(holder, Mapping) else holder.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.files or self.tensors)
+        return iter(self.holders)
 
     def __len__(self) -> int:
-        return len(self.files or self.tensors)
+        return len(self.holders)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a checkpoint's weights: one whole file, as transformers prefers, or those that its index names.
+
+    Without either all of the kind, safetensors before .bin; never `consolidated*`, the same weights in Mistral's and
+    Meta's own names.
+
+    Raises:
+        FileNotFoundError: There is none, or one is missing.
+    """
+    for stem, suffix, pattern in (("model", ".safetensors", "*"), ("pytorch_model", ".bin", "pytorch_model*")):
+        whole, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
+        if whole.exists():
+            return [whole]
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if missing := [name for name in names if not (folder / name).exists()]:
+                raise FileNotFoundError(f"{index} names {', '.join(missing)}, not in the folder; download it whole")
+            return [folder / name for name in names]
+        found = [path for path in folder.glob(f"{pattern}{suffix}") if not path.name.startswith("consolidated")]
+        if found:
+            return sorted(found)
+    raise FileNotFoundError(f"{folder} holds no *.safetensors and no pytorch_model*.bin; download it whole")
 
 
 def open_parents(sources: Mapping[str, str]) -> dict[str, Parent]:
@@ -131,11 +162,20 @@ def open_parents(sources: Mapping[str, str]) -> dict[str, Parent]:
 
     A vision source that ends in .json is a tower from scratch: fields of `MoeVlmVisionConfig`, or a whole config of
     which `vision_config` is taken.
+
+    Raises:
+        ValueError: Such a file holds the config of another family.
     """
     parents = {}
     for role, source in sources.items():
         if role == "vision" and source.endswith(".json"):
             fields = json.loads(Path(source).read_text(encoding="utf-8"))
+            kind = fields.get("model_type", MoeVlmConfig.model_type)
+            if not kind.startswith(MoeVlmConfig.model_type):
+                raise ValueError(
+                    f"vision={source} is a {kind} config without weights; give that model's folder or Hub id, or "
+                    "fields of MoeVlmVisionConfig for a tower from scratch"
+                )
             parents[role] = Parent(source, fields.get("vision_config", fields), {}, Path(source).parent)
         else:
             parents[role] = open_parent(source)
@@ -165,23 +205,30 @@ def open_parent(source: str) -> Parent:
     Raises:
         ImportError: A GGUF file without the package `gguf`.
         FileNotFoundError: There is nothing of that name, or it has no weights.
+        ValueError: A family that transformers does not know.
     """
     path = Path(source)
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(source, path)
-    if carried := packaged_gguf(source):
+    if not path.is_dir() and (carried := packaged_gguf(source)):
         return open_gguf(source, carried)
     folder = path if path.is_dir() else downloaded(source)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{source} has no config.json; give a folder of a checkpoint, a Hub id or a .gguf file")
+    refuse_unknown(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"), source)
     return Parent(source, AutoConfig.from_pretrained(folder), Shards(folder), folder)
 
 
 def downloaded(source: str) -> Path:
-    """The local snapshot of a Hub repository."""
+    """The local snapshot of a Hub repository: settings, tokenizer, and weights in safetensors, else in .bin files."""
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            patterns = ["*.json", "*.model", "*.jinja", "*.txt", weights]
+            # The same weights once more: in Mistral's or Meta's own names, in other formats (onnx/).
+            folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
+            if any(folder.glob(weights)):
+                break
+        return folder
     except Exception as error:  # a bad name, no network, no such repository, no access
         raise FileNotFoundError(
             f"{source} is no folder, no .gguf file, no installed package with a .gguf file, and the Hub gives no "
@@ -247,7 +294,9 @@ def repair_gguf_tokenizer(tokenizer, parent: Parent) -> None:
             setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(int(ids[name].contents())))
     parent.config.eos_token_id = tokenizer.eos_token_id
     starts = fields.get("tokenizer.ggml.add_bos_token")
-    if starts is None or not starts.contents():
+    # Left out it means yes beside a sentencepiece vocabulary ("llama"), no beside a byte-level one (llama.cpp).
+    adds = fields["tokenizer.ggml.model"].contents() == "llama" if starts is None else starts.contents()
+    if not adds:
         tokenizer.add_bos_token = False
         # A fast tokenizer adds it by its post-processor.
         tokenizer.backend_tokenizer.post_processor = None
@@ -256,9 +305,23 @@ def repair_gguf_tokenizer(tokenizer, parent: Parent) -> None:
 
 
 def read_generation_config(parent: Parent) -> GenerationConfig:
-    """The parent's generation settings, or those that its config implies."""
-    if parent.gguf_file is None and (parent.folder / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(parent.folder)
+    """The parent's generation settings, or those that its config implies.
+
+    Sampling fields without `do_sample`, which 4.57 refuses to save, switch it on; beside `do_sample: false` they go.
+    """
+    path = parent.folder / "generation_config.json"
+    if parent.gguf_file is None and path.exists():
+        settings = GenerationConfig.from_pretrained(parent.folder)
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        idle = [name for name, nothing in SAMPLING.items() if fields.get(name) not in (None, nothing)]
+        if idle and "do_sample" not in fields:
+            settings.do_sample = True
+            parent.notes.append(f"generation_config.json has {', '.join(idle)} but no do_sample: it is set to true")
+        elif idle and not fields["do_sample"]:
+            for name in idle:
+                setattr(settings, name, getattr(GenerationConfig(), name))
+            parent.notes.append(f"generation_config.json has do_sample=false: {', '.join(idle)} is left out")
+        return settings
     config = parent.config.get_text_config()
     return GenerationConfig(eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id)
 
@@ -266,24 +329,51 @@ def read_generation_config(parent: Parent) -> GenerationConfig:
 def read_processor(parents: Mapping[str, Parent], tokenizer, config: MoeVlmConfig) -> MoeVlmProcessor:
     """The processor of the new model: the parent's tokenizer, chat template, and picture normalisation."""
     parent = parents.get("whole") or parents["vision"]
-    if parent.family in IMAGE_FRAMES and tokenizer.chat_template:
-        tokenizer.chat_template = tokenizer.chat_template.replace(IMAGE_TOKEN, IMAGE_FRAMES[parent.family])
+    tokenizer.chat_template = template = read_chat_template(parents, tokenizer.chat_template)
+    if parent.family in IMAGE_FRAMES and template:
+        tokenizer.chat_template = template.replace(IMAGE_TOKEN, IMAGE_FRAMES[parent.family])
     processor = build_processor(config, tokenizer)
     for name, value in read_image_settings(parent).items():
         setattr(processor.image_processor, name, value)
     return processor
 
 
+def read_chat_template(parents: Mapping[str, Parent], template: str | dict[str, str] | None) -> str | None:
+    """A whole parent's own chat template, else its tokenizer's, `template`; the default one of several.
+
+    Raises:
+        ValueError: There are several, and none is called default.
+    """
+    parent = parents.get("whole") or parents["text"]
+    if "whole" in parents:
+        # Both belong to the processor; the second is the form that transformers wrote before 4.52.
+        jinja, older = parent.folder / "chat_template.jinja", parent.folder / "chat_template.json"
+        if jinja.exists():
+            template = jinja.read_text(encoding="utf-8")
+        elif older.exists():
+            template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+    if isinstance(template, list):  # as files hold named ones
+        template = {entry["name"]: entry["template"] for entry in template}
+    if not isinstance(template, dict):
+        return template
+    names = ", ".join(sorted(template))
+    if "default" not in template:
+        raise ValueError(f"{parent.source} has the chat templates {names}, none called default; rename the one to keep")
+    parent.notes.append(f"of the chat templates {names} the default one is kept")
+    return template["default"]
+
+
 def read_image_settings(parent: Parent) -> dict[str, Any]:
     """Mean, standard deviation and resampling of the parent's image processor; empty without one.
 
-    Size and cropping are ours: one square of the tower's size.
+    Size and cropping are ours: one square of the tower's size. A remark says where the parent's differ.
     """
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = parent.folder / name
         settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         settings = settings.get("image_processor", settings)  # transformers 5 nests it
         if "image_mean" in settings:
+            parent.notes += picture_remarks(settings)
             return {key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings}
     if parent.family != "scratch":
         parent.notes.append("no image processor found: pictures are scaled to -1..1, as SigLIP's")

@@ -241,7 +241,7 @@ def build_processor(config, tokenizer) -> MoeVlmProcessor:
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     template = CHAT_TEMPLATE
     if tokenizer.chat_template is not None:
-        template = template_for_parts(tokenizer.chat_template)
+        template = template_for_parts(tokenizer.get_chat_template())
     # Both are saved into one file: a tokenizer that is loaded alone shall render the same chats.
     tokenizer.chat_template = template
     size = config.vision_config.image_size

@@ -6,8 +6,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import huggingface_hub
 import pytest
 import torch
+from hub_stand_in import HubStandIn
 
 from moevlm.configuration_moevlm import MoeVlmConfig
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
@@ -76,3 +78,27 @@ def batch(config):
         "attention_mask": torch.ones_like(input_ids),
         "labels": labels,
     }
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that this process and its children talk to."""
+    with HubStandIn() as stand_in:
+        for name, value in stand_in.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stand_in.url)
+        template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (huggingface_hub.constants, huggingface_hub.file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        forget_sessions()
+        yield stand_in
+    forget_sessions()
+
+
+def forget_sessions():
+    """The Hub's client decides once, when it opens a session, whether it is offline."""
+    hub = huggingface_hub
+    getattr(hub, "close_session", None) and hub.close_session()
+    getattr(hub, "configure_http_backend", None) and hub.configure_http_backend()

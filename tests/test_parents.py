@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +221,26 @@ def test_a_sparse_parent_in_shards_is_the_same_as_in_one_file(parent, upcycle, t
     report, made = upcycle(text=text, vision=vision)
     assert (made / "model.safetensors").read_bytes() == whole
     assert report["keys"]["text"]["merged"]
+
+
+TEMPLATE = "{% for m in messages %}NAME: {% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+
+
+def test_a_whole_parent_keeps_its_processors_chat_template(parent, upcycle, tmp_path):
+    folder = Path(parent("llava", WHOLE_PARENTS["llava"]()))
+    # As before transformers 4.52: the tokenizer's template within its settings, the processor's in a file.
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = TEMPLATE.replace("NAME", "TOKENIZER")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    chat = [{"role": "user", "content": "hi"}]
+    files = {"none": "", "json": json.dumps({"chat_template": TEMPLATE.replace("NAME", "JSON")})}
+    files["jinja"] = TEMPLATE.replace("NAME", "JINJA")
+    for kind, expected in (("none", "TOKENIZER: hi"), ("json", "JSON: hi"), ("jinja", "JINJA: hi")):
+        if kind != "none":
+            (folder / f"chat_template.{kind}").write_text(files[kind])
+        _, made = upcycle(model_name_or_path=folder, skip_proof=True, overwrite_output_dir=True)
+        assert transformers.AutoProcessor.from_pretrained(made).apply_chat_template(chat) == expected
 
 
 def test_a_picture_of_smolvlm_keeps_its_frame_in_the_chat(parent, upcycle):

@@ -13,7 +13,7 @@ import torch
 import transformers
 import yaml
 from conftest import tiny_config
-from hub_stand_in import TOKEN, HubStandIn
+from hub_stand_in import TOKEN
 from PIL import Image
 
 import run_publish
@@ -73,27 +73,6 @@ def published(checkpoint, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         command(patch, checkpoint, "--dry_run", "--output_dir", folder, "--max_shard_size", "200KB")
     return folder
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub that this process and its children talk to."""
-    with HubStandIn() as stand_in:
-        for name, value in stand_in.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stand_in.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        forget_sessions()
-        yield stand_in
-    forget_sessions()
-
-
-def forget_sessions():
-    """The Hub's client decides once, when it opens a session, whether it is offline."""
-    hub = huggingface_hub
-    getattr(hub, "close_session", None) and hub.close_session()
-    getattr(hub, "configure_http_backend", None) and hub.configure_http_backend()
 
 
 def command(monkeypatch, checkpoint, *flags, repo_id="acme/tiny"):

@@ -8,20 +8,24 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from hub_stand_in import Repo
+from safetensors.torch import save_file
 from tiny_parents import SQUARE, TEXT
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, HfArgumentParser
 
 import run_upcycle
 from moevlm import parents_moevlm
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
-from moevlm.parents_moevlm import Shards, open_parent
+from moevlm.parents_moevlm import Shards, open_parent, read_tokenizer
 from moevlm.processing_moevlm import train_tokenizer
 from moevlm.recipes_moevlm import read_recipe
 from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainingArguments
 
+needs_gguf = pytest.mark.skipif(not find_spec("gguf"), reason="needs the package gguf of requirements-dev.txt")
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 STRANGER = """
@@ -57,6 +61,22 @@ def parents(tmp_path_factory):
     transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SQUARE)).save_pretrained(folder / "vision")
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3, "do_center_crop": True}
     (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def copied(folder, place):
+    """A copy that a test may change."""
+    place.mkdir()
+    for path in folder.iterdir():
+        (place / path.name).write_bytes(path.read_bytes())
+    return place
+
+
+def as_bin(folder):
+    """The folder, its weights in one pytorch_model.bin."""
+    torch.save(dict(Shards(folder)), folder / "pytorch_model.bin")
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
     return folder
 
 
@@ -99,13 +119,79 @@ def test_what_belongs_to_the_parents_is_carried_over(made, parents):
     assert processor.apply_chat_template(words) == theirs
 
 
+def test_named_chat_templates_leave_the_default_one(parents, tmp_path, command):
+    folder = copied(parents / "text", tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": PLAIN_TEMPLATE, "tool_use": "tools"}
+    tokenizer.save_pretrained(folder)
+    made = command("--text", folder, "--vision", parents / "vision", "--skip_proof")
+    assert AutoProcessor.from_pretrained(made).apply_chat_template([{"role": "user", "content": "a"}]) == "[user] a\n"
+    notes = json.loads((made / "upcycling.json").read_text())["notes"]
+    assert "of the chat templates default, tool_use the default one is kept" in notes
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.chat_template = {"rag": "x", "tool_use": "tools"}
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="rag, tool_use, none called default"):
+        command("--text", folder, "--vision", parents / "vision", "--overwrite_output_dir")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept", "remark"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}, "is set to true"),
+        ({"do_sample": False, "temperature": 0.9}, {"temperature": None}, "temperature is left out"),
+        ({"do_sample": True, "top_k": 7}, {"do_sample": True, "top_k": 7}, None),
+        ({"temperature": 1.0}, {"do_sample": None}, None),
+    ],
+)
+def test_settings_of_sampling_are_saved_as_they_are_meant(fields, kept, remark, parents, tmp_path, command):
+    folder = copied(parents / "text", tmp_path / "text")
+    (folder / "generation_config.json").write_text(json.dumps(fields | {"eos_token_id": [2, 7]}))
+    made = command("--text", folder, "--vision", parents / "vision", "--skip_proof")
+    settings = json.loads((made / "generation_config.json").read_text())
+    assert {name: settings.get(name) for name in kept} == kept
+    assert settings["eos_token_id"] == [2, 7]
+    notes = [note for note in json.loads((made / "upcycling.json").read_text())["notes"] if "generation_config" in note]
+    assert [remark in note for note in notes] == [True] * bool(remark)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remark"),
+    [
+        ({"do_center_crop": True, "size": {"shortest_edge": 32}}, "cuts out the centre, keeps the proportions"),
+        ({"do_pad": True, "size": {"longest_edge": 32}}, "pads, keeps the proportions"),
+        ({"max_num_patches": 16}, "keeps the proportions"),
+        ({"do_center_crop": None, "do_pad": False, "size": {"height": 32, "width": 32}}, None),
+    ],
+)
+def test_one_remark_says_how_the_parent_shapes_pictures_and_we_do_not(settings, remark, parents, tmp_path, command):
+    folder = copied(parents / "vision", tmp_path / "vision")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, **settings}))
+    made = command("--text", parents / "text", "--vision", folder, "--skip_proof")
+    notes = [note for note in json.loads((made / "upcycling.json").read_text())["notes"] if "image processor" in note]
+    assert notes == [f"the parent's image processor {remark}; here each picture is scaled to a square"] * bool(remark)
+
+
+def test_a_tokenizer_from_elsewhere_serves_a_parent_without_one(parents, tmp_path, command):
+    folder = copied(parents / "text", tmp_path / "text")
+    for path in folder.glob("*token*"):
+        path.rename(tmp_path / path.name)
+    (folder / "chat_template.jinja").rename(tmp_path / "chat_template.jinja")
+    words = ("--text", folder, "--vision", parents / "vision")
+    with pytest.raises(FileNotFoundError, match="(?s)has no tokenizer that loads.*--tokenizer"):
+        command(*words)
+    made = command(*words, "--tokenizer", tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(made)
+    assert ours("a red circle").input_ids == theirs("a red circle").input_ids
+    chat = [{"role": "user", "content": "what?"}]
+    assert AutoProcessor.from_pretrained(made).apply_chat_template(chat) == "[user] what?\n"
+
+
 def test_a_missing_image_token_gets_a_row(made, parents, tmp_path, command):
     tokenizer = AutoTokenizer.from_pretrained(parents / "text")
     vocabulary = json.loads((parents / "text" / "tokenizer.json").read_text())
     text = json.dumps(vocabulary).replace("<image>", "<other>")
-    (tmp_path / "bare").mkdir()
-    for path in (parents / "text").iterdir():
-        (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    copied(parents / "text", tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").write_text(text)
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     # As many embeddings as tokens: the new one has no row yet.
@@ -200,11 +286,136 @@ def test_a_folder_without_weights_or_config_is_named(tmp_path):
         open_parent(str(tmp_path))
 
 
+def test_a_siblings_weights_in_other_names_and_stale_ones_are_left_alone(parents, tmp_path):
+    folder = copied(parents / "text", tmp_path / "text")
+    before = Shards(folder)
+    save_file({"norm.weight": torch.ones(32)}, folder / "consolidated.safetensors")
+    save_file({"model.norm.weight": torch.ones(7)}, folder / "model-00001-of-00002.safetensors")
+    after = Shards(folder)
+    assert set(after) == set(before) and len(before) > 1
+    assert after["model.norm.weight"].shape == (32,)
+    # transformers, too, leaves shards and their index beside a whole file that was saved later.
+    save_file({"model.norm.weight": torch.zeros(5)}, folder / "model.safetensors")
+    assert [tensor.shape for tensor in Shards(folder).values()] == [(5,)]
+
+
+def test_shards_of_two_savings_without_an_index_are_not_mixed(tmp_path):
+    for name in ("model-00001-of-00002.safetensors", "model-00001-of-00003.safetensors"):
+        save_file({"model.norm.weight": torch.ones(7)}, tmp_path / name)
+    with pytest.raises(ValueError, match="model.norm.weight stands in .*of-00002.safetensors and in .*of-00003"):
+        Shards(tmp_path)
+
+
+def test_a_missing_shard_is_named(parents, tmp_path):
+    folder = copied(parents / "text", tmp_path / "text")
+    next(folder.glob("model-00002-of-*")).unlink()
+    with pytest.raises(FileNotFoundError, match="names model-00002-of-"):
+        Shards(folder)
+
+
+def test_weights_in_bin_files_are_read(parents, tmp_path):
+    folder, whole = as_bin(copied(parents / "text", tmp_path / "text")), Shards(parents / "text")
+    assert {key: tensor.tolist() for key, tensor in Shards(folder).items()} == {
+        key: tensor.tolist() for key, tensor in whole.items()
+    }
+
+
+def test_a_folder_comes_before_a_package_of_its_name(parents, tmp_path, monkeypatch):
+    (copied(parents / "text", tmp_path / "mine") / "model.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert parents_moevlm.packaged_gguf("mine") is not None
+    assert open_parent("mine").gguf_file is None
+
+
+def test_a_family_that_transformers_does_not_know_lists_ours(parents, tmp_path):
+    folder = copied(parents / "text", tmp_path / "text")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "internlm9"}))
+    with pytest.raises(ValueError, match="'internlm9', nor do we; known are, for the text, llama.*whole, smolvlm"):
+        open_parent(str(folder))
+
+
+def test_a_foreign_config_is_no_tower_from_scratch(parents, command):
+    with pytest.raises(ValueError, match="is a siglip_vision_model config without weights"):
+        command("--text", parents / "text", "--vision", ROOT / "configs/parents/siglip-base-patch16-224.json")
+
+
+def on_the_hub(hub, name, folder, **files):
+    hub.repos[name] = Repo(private=False)
+    hub.repos[name].commit({path.name: path.read_bytes() for path in folder.iterdir()} | files)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_parent_is_fetched_from_the_hub_without_its_duplicates(kind, hub, parents, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = copied(parents / "text", tmp_path / "text")
+    if kind == "bin":
+        as_bin(folder)
+    else:
+        (folder / "pytorch_model.bin").write_text("the same once more")
+    others = {
+        name: b"the same once more" for name in ("consolidated.safetensors", "original/params.json", "model.onnx")
+    }
+    on_the_hub(hub, "me/text", folder, **others)
+    parent = open_parent("me/text")
+    expected = Shards(parents / "text")
+    assert set(parent.weights) == set(expected)
+    assert torch.equal(parent.weights["model.norm.weight"], expected["model.norm.weight"])
+    assert read_tokenizer(parent).chat_template == PLAIN_TEMPLATE
+    fetched = {path.name for path in parent.folder.rglob("*")}
+    assert not fetched & {"consolidated.safetensors", "original", "params.json", "model.onnx"}
+    assert ("pytorch_model.bin" in fetched) == (kind == "bin")
+
+
+def test_a_name_that_the_hub_does_not_know_is_named(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match="the Hub gives no repository of that name"):
+        open_parent("me/nothing")
+
+
 def test_gguf_without_its_package_names_the_install_line(tmp_path, monkeypatch):
     monkeypatch.setattr(parents_moevlm, "gguf", None)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ImportError, match="pip install gguf"):
         open_parent(str(tmp_path / "model.gguf"))
+
+
+@needs_gguf
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gguf_file_is_a_text_parent(tied, tmp_path, parents, command):
+    from gguf_parent import PIECES, write_gguf
+
+    original = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TEXT, tie_word_embeddings=tied)).eval()
+    write_gguf(tmp_path / "llama.gguf", original, add_bos_token=True)
+    made = command("--text", tmp_path / "llama.gguf", "--vision", parents / "vision", "--num_experts", 0)
+    report = json.loads((made / "upcycling.json").read_text())
+    assert all(row["relative"] < 1e-5 for row in report["proof"].values())
+    model, processor = MoeVlmForConditionalGeneration.from_pretrained(made), AutoProcessor.from_pretrained(made)
+    ids = processor(text="a red", return_tensors="pt")["input_ids"]
+    first = 3 + 256  # after the special tokens and the bytes
+    assert ids.tolist() == [[1, first + list(PIECES).index("▁a"), first + list(PIECES).index("▁red")]]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits[..., :300]
+        # Written, read and computed in float32.
+        torch.testing.assert_close(logits, original(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+    words = [{"role": "user", "content": "a red"}]
+    assert processor.apply_chat_template(words) == "[user] a red\n"
+
+
+@needs_gguf
+@pytest.mark.parametrize(("fields", "starts"), [({"add_bos_token": False}, False), ({}, True)])
+def test_a_gguf_tokenizer_starts_and_ends_as_its_file_says(fields, starts, tmp_path):
+    from gguf_parent import write_gguf
+
+    write_gguf(tmp_path / "llama.gguf", AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TEXT)), **fields)
+    parent = open_parent(str(tmp_path / "llama.gguf"))
+    parent.config.eos_token_id = 7
+    tokenizer = read_tokenizer(parent)
+    assert (tokenizer("a").input_ids[0] == 1) == starts
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
+    assert parent.config.eos_token_id == 2
+    assert tokenizer.decode(tokenizer("a red q").input_ids, skip_special_tokens=True) == "a red q"
 
 
 def test_downcycle_writes_losses_counts_and_a_smaller_model(made, command, tmp_path):
