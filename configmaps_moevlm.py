@@ -41,7 +41,7 @@ def picture_remarks(settings: Mapping[str, Any]) -> list[str]:
     habits = {
         "cuts out the centre": settings.get("do_center_crop"),
         "pads": settings.get("do_pad"),
-        "keeps the proportions": edges or "max_num_patches" in settings,  # the latter is SigLIP2's NaFlex
+        "keeps the proportions": edges or settings.get("max_num_patches"),  # the latter is SigLIP2's NaFlex
     }
     named = [habit for habit, found in habits.items() if found]
     return [f"the parent's image processor {', '.join(named)}; here each picture is scaled to a square"] * bool(named)

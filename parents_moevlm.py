@@ -193,6 +193,7 @@ def read_configs(sources: Mapping[str, str]) -> dict[str, PretrainedConfig | dic
         if fields and (role == "vision" and "model_type" not in fields):
             configs[role] = fields.get("vision_config", fields)
         elif fields:
+            refuse_unknown(fields.get("model_type"), source)
             configs[role] = AutoConfig.for_model(**fields)
         else:
             configs[role] = AutoConfig.from_pretrained(source)

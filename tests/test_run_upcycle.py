@@ -334,6 +334,8 @@ def test_a_family_that_transformers_does_not_know_lists_ours(parents, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "internlm9"}))
     with pytest.raises(ValueError, match="'internlm9', nor do we; known are, for the text, llama.*whole, smolvlm"):
         open_parent(str(folder))
+    with pytest.raises(ValueError, match="'internlm9', nor do we"):
+        parents_moevlm.read_configs({"text": str(folder / "config.json")})
 
 
 def test_a_foreign_config_is_no_tower_from_scratch(parents, command):
