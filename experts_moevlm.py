@@ -11,7 +11,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .graphs_moevlm import batched_experts, dense_experts, fits_grouped_mm, grouped_mm_experts, opaque_experts
-from .kernels_moevlm import activation, decode_experts, eager_experts, grouped_experts
+from .kernels_moevlm import activation, decode_experts, eager_experts, grouped_experts, this_cpu
 from .routing_moevlm import MoeVlmRouter
 
 try:  # transformers 5: lets every engine that knows the interface replace the experts' forward
@@ -59,7 +59,11 @@ def grouped_mm(experts, hidden_states, top_k_index, top_k_weights):
     return on_parameters(run)(experts, hidden_states, top_k_index, top_k_weights)
 
 
-FEW_TOKENS = 128  # on CUDA: up to here nearly every weight is read anyway, or copying those of the visits is cheap
+# Up to here, on CUDA, nearly every weight is read anyway, or copying those of the visits is cheap; on a CPU the sort,
+# which a graph fuses, still shows beside the products.
+FEW_TOKENS = 128
+# As in `kernels_moevlm.one_call_pays`; not asked while a graph is traced.
+ONE_CALL_PAYS = not this_cpu().amd
 
 
 def form_for(tokens, experts, gate_up):
@@ -69,10 +73,15 @@ def form_for(tokens, experts, gate_up):
         One of the kernels' functions, or None: `decode_experts`, which torch.compile must not look into.
     """
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if tokens.is_cuda and not torch.is_grad_enabled() and len(tokens) <= FEW_TOKENS:
+    # An export takes any number of tokens: it must not ask.
+    few = not exporting and not torch.is_grad_enabled() and len(tokens) <= FEW_TOKENS
+    if tokens.is_cuda and few:
         # A copied weight is moved three times.
         return batched_experts if 3 * experts.numel() < len(gate_up) else dense_experts
     if (tokens.is_cuda or exporting) and fits_grouped_mm(tokens, gate_up):
+        return grouped_mm_experts
+    fused = few and torch.compiler.is_compiling() and ONE_CALL_PAYS and len(tokens) > 1
+    if fused and fits_grouped_mm(tokens, gate_up, (torch.bfloat16, torch.float32)):
         return grouped_mm_experts
     return dense_experts if exporting else None
 

@@ -46,11 +46,26 @@ def weighted_sum(outputs, experts, weights):
     return (outputs * shares.t().unsqueeze(-1)).sum(0)
 
 
-def fits_grouped_mm(tokens, gate_up):
-    """Whether PyTorch's grouped matrix product takes these: bf16, and rows of whole 16 bytes."""
-    if not hasattr(F, "grouped_mm") or product_dtype(tokens, gate_up) != torch.bfloat16:
+def fits_grouped_mm(tokens, gate_up, dtypes=(torch.bfloat16,)):
+    """Whether PyTorch's grouped matrix product takes these: one of `dtypes`, and rows of whole 16 bytes."""
+    dtype = product_dtype(tokens, gate_up)
+    if not hasattr(F, "grouped_mm") or dtype not in dtypes:
         return False
-    return gate_up.shape[-1] % 8 == 0 and gate_up.shape[1] % 16 == 0
+    return gate_up.shape[-1] * dtype.itemsize % 16 == 0 and gate_up.shape[1] * dtype.itemsize % 32 == 0
+
+
+def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Rows `(V, C)`, those of expert e up to `ends[e]`, times its transposed matrix of `(E, R, C)`: `(V, R)`."""
+    return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
+
+
+# What torch.compile knows of the grouped product is bf16; as an operator it has any dtype.
+grouped_product_operator = torch.library.custom_op("moevlm::grouped_product", grouped_product, mutates_args=())
+
+
+@grouped_product_operator.register_fake
+def _(rows, matrices, ends):
+    return rows.new_empty(rows.shape[0], matrices.shape[1])
 
 
 def grouped_mm_experts(tokens, experts, weights, gate_up, down, act, skips=True):
@@ -67,12 +82,13 @@ def grouped_mm_experts(tokens, experts, weights, gate_up, down, act, skips=True)
     def written(rows):
         return rows.masked_fill((ids >= num_experts).unsqueeze(-1), 0.0) if skips else rows
 
+    multiply = grouped_product if dtype == torch.bfloat16 else grouped_product_operator
     learns = torch.is_grad_enabled()
     visited = VisitedRows.apply if learns else VisitedRows.of
     summed = WeightedSum.apply if learns else WeightedSum.of
     rows = written(visited(tokens.to(dtype), order // experts.shape[-1], places))  # (V, D)
-    gate, up = written(F.grouped_mm(rows, gate_up.to(dtype).transpose(1, 2), offs=ends)).chunk(2, dim=-1)  # (V, F)
-    rows = written(F.grouped_mm(act(gate) * up, down.to(dtype).transpose(1, 2), offs=ends))  # (V, D)
+    gate, up = written(multiply(rows, gate_up.to(dtype), ends)).chunk(2, dim=-1)  # (V, F)
+    rows = written(multiply(act(gate) * up, down.to(dtype), ends))  # (V, D)
     return summed(rows, weights.to(dtype), order, places).to(tokens.dtype)
 
 

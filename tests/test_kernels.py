@@ -20,6 +20,7 @@ from moevlm.graphs_moevlm import (
     experts_forward_operator,
     experts_operator,
     grouped_mm_experts,
+    grouped_product_operator,
     opaque_experts,
 )
 
@@ -274,14 +275,18 @@ def test_the_operators_keep_what_torch_compile_asks_of_them(operator):
     torch.library.opcheck(operator, (*inputs, "silu", torch.float32))
 
 
+def test_the_grouped_product_keeps_what_torch_compile_asks_of_it():
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)
+    torch.library.opcheck(grouped_product_operator, (torch.randn(7, 16), torch.randn(3, 8, 16), ends))
+
+
 def test_memory_of_the_c_library_can_be_kept_or_is_left_alone():
     assert kernels.keep_freed_memory() in (True, False)
 
 
-def sparse_block(implementation, dtype=torch.float32):
-    config = MoeVlmTextConfig(
-        hidden_size=16, num_attention_heads=1, num_key_value_heads=1, num_experts=4, moe_intermediate_size=8
-    )
+def sparse_block(implementation, dtype=torch.float32, **fields):
+    sizes = {"hidden_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config = MoeVlmTextConfig(**sizes, num_experts=4, moe_intermediate_size=8, **fields)
     config._experts_implementation = implementation
     block = MoeVlmSparseBlock(config)
     for parameter in block.parameters():
@@ -302,6 +307,18 @@ def test_a_compiled_block_is_one_graph_and_equals_the_block(implementation):
     found = torch.autograd.grad(compiled(states).square().sum(), list(block.parameters()))
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other, **FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_p", [None, 0.5])
+def test_a_compiled_block_fuses_few_tokens_and_skips_their_spared_visits(dtype, top_p):
+    torch.compiler.reset()
+    block = sparse_block("auto", dtype, num_experts_per_tok=3, router_top_p=top_p)
+    states = torch.randn(9, 16, dtype=dtype)
+    close = FLOAT32 if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}  # as below
+    with torch.no_grad():
+        found = torch.compile(block, fullgraph=True, backend="aot_eager")(states)
+        torch.testing.assert_close(found, block(states), **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
