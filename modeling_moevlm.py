@@ -68,18 +68,18 @@ class MoeVlmOutput(ModelOutput):
     Args:
         loss: Language modelling loss plus weighted router losses, when labels were given.
         logits: `(B, S, V)`.
-        aux_loss: Mean over all L sparse layers of the balance loss; 1.0 = perfect balance.
-        z_loss: Mean over all L sparse layers of the router z-loss.
+        aux_loss, z_loss, local_entropy_loss, global_entropy_loss: Means over all L sparse layers of the balance loss
+            (1.0 = perfect balance), the router z-loss and LIMoE's two.
         expert_load: L tensors `(E,)`, each expert's share of its layer's visits, in the order of `router_logits`.
         router_entropy: `(L,)`, mean entropy of the router's distribution over experts, in nats.
         past_key_values, hidden_states, attentions, router_logits, router_indices, image_hidden_states: As in
             [`MoeVlmModelOutput`].
-        expert_counts: L tensors `(E,)`, visits of unpadded tokens that took place.
+        expert_counts, chosen_counts: L tensors `(E,)`, visits of unpadded tokens, after and before any are dropped.
+        experts_per_token: `(L,)`, visits of an unpadded token that took place, their mean.
         expert_load_text, expert_load_image: As `expert_load`, of the decoder's text tokens and image tokens alone;
             None without pictures.
         dropped_tokens: `(L,)`, share of the chosen visits that a capacity dropped.
         max_router_logit: `(L,)`, the largest logit of an unpadded token.
-        local_entropy_loss, global_entropy_loss: Means over all L sparse layers of LIMoE's losses.
     """
 
     loss: Optional[torch.FloatTensor] = None
@@ -101,6 +101,8 @@ class MoeVlmOutput(ModelOutput):
     max_router_logit: Optional[torch.FloatTensor] = None
     local_entropy_loss: Optional[torch.FloatTensor] = None
     global_entropy_loss: Optional[torch.FloatTensor] = None
+    chosen_counts: Optional[tuple[torch.FloatTensor, ...]] = None
+    experts_per_token: Optional[torch.FloatTensor] = None
 
 
 class MoeVlmRMSNorm(nn.Module):
@@ -169,9 +171,8 @@ class MoeVlmAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
-        query_size, key_size = (
-            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
@@ -331,9 +332,8 @@ class MoeVlmTextModel(MoeVlmPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-        return MoeVlmModelOutput(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        cache = past_key_values if use_cache else None
+        return MoeVlmModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
 
 
 @dataclass
@@ -430,10 +430,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
     def encode_images(self, pixel_values, output_router_logits=False, num_experts_per_tok=None):
         """Pictures `(I, C, H, W)` -> [`EncodedImages`]."""
         if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values has {pixel_values.ndim} dimensions, expected 4: (images of the whole batch, channels, "
-                "height, width)"
-            )
+            raise ValueError(f"pixel_values has {pixel_values.ndim} dimensions, expected 4: (pictures, C, H, W)")
         options = {**self.recording(output_router_logits), "num_experts_per_tok": num_experts_per_tok}
         features = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **options)
         tokens = self.connector(features.last_hidden_state, **options)
@@ -589,19 +586,20 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         """As [`MoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def total_loss(self, logits, labels, losses, num_items_in_batch=None, **kwargs):
+    def total_loss(self, logits, labels, losses, num_items_in_batch=None, num_tokens_in_batch=None, **kwargs):
         """Token loss plus weighted router losses (`losses`, [`RouterLosses`] or None), a scalar.
 
-        With `num_items_in_batch`, the labels of the whole global batch, the token loss is a sum over this number and
-        the router losses weigh as this micro-batch's share of it: neither grows with accumulation or ranks.
+        With `num_items_in_batch`, the labels of the global batch, the token loss is a sum over this number. The router
+        losses weigh by `num_tokens_in_batch` ([`router_losses`]), else as the share of the labels: neither grows.
         """
         loss = self.loss_function(
             logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch, **kwargs
         )
         if losses is None:
             return loss
-        share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
-        return loss + share * losses.weighted
+        if num_items_in_batch is None or num_tokens_in_batch is not None:
+            return loss + losses.weighted
+        return loss + (labels[:, 1:] != -100).sum() / num_items_in_batch * losses.weighted
 
     @can_return_tuple
     def forward(
@@ -619,6 +617,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         num_experts_per_tok=None,
         logits_to_keep=0,
         num_items_in_batch=None,
+        num_tokens_in_batch=None,
         **kwargs,
     ):
         """Predict the next token everywhere, and the loss if there are labels.
@@ -629,7 +628,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             labels: `(B, S)` token ids, -100 where nothing is to be learnt; shifted inside.
             output_router_logits: Whether to return router logits and, without labels too, the router losses.
             logits_to_keep: 0 for logits of all positions, n for the last n, or a tensor of positions.
-            num_items_in_batch: Labels of the whole global batch, as Trainer passes it; see [`total_loss`].
+            num_items_in_batch, num_tokens_in_batch: Labels, and text and image tokens `(2,)`, of the global batch.
 
         Returns:
             [`MoeVlmOutput`].
@@ -651,8 +650,9 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, kept, V)
-        losses = router_losses(self.config, outputs, attention_mask)
-        loss = None if labels is None else self.total_loss(logits, labels, losses, num_items_in_batch, **kwargs)
+        losses = router_losses(self.config, outputs, attention_mask, num_tokens_in_batch)
+        sizes = {"num_items_in_batch": num_items_in_batch, "num_tokens_in_batch": num_tokens_in_batch}
+        loss = None if labels is None else self.total_loss(logits, labels, losses, **sizes, **kwargs)
         return MoeVlmOutput(
             loss=loss,
             logits=logits,

@@ -34,18 +34,22 @@ PLAIN = BalanceRules()
 
 
 class RouterStatistics(NamedTuple):
-    """Router numbers of L sparse layers, per layer, padding excluded; all but the four losses without gradient."""
+    """Router numbers of L sparse layers, each by itself, unpadded; losses and `modality_entropy` have gradients."""
 
     load: Tensor  # (L, E) share of the visits that each expert got; rows sum to 1
     balance: Tensor  # (L,) Switch balance loss; 1.0 = perfect, E / K = collapsed
     z: Tensor  # (L,) router z-loss
     entropy: Tensor  # (L,) mean entropy of the router's distribution, in nats; ln(E) = undecided
     counts: Tensor  # (L, E) visits that took place
+    chosen: Tensor  # (L, E) visits as chosen, before a capacity dropped any
+    width: Tensor  # (L,) visits of a token that took place, their mean
     dropped: Tensor  # (L,) share of the chosen visits that a capacity dropped
     max_logit: Tensor  # (L,) largest logit; minus infinity of no token
     local_entropy: Tensor  # (L,) entropy of a token's probabilities, mean of the modalities' means
     global_entropy: Tensor  # (L,) how far the entropy of the mean probabilities is below its threshold, likewise
     modality_load: Tensor  # (L, M, E) as `load`, of each modality
+    modality_entropy: Tensor  # (L, M) mean entropy of the tokens of each modality; with gradient
+    tokens: Tensor  # (L, M) tokens of each modality
 
 
 def router_statistics(
@@ -63,7 +67,7 @@ def router_statistics(
         rules: [`BalanceRules`].
 
     Returns:
-        [`RouterStatistics`]; `balance`, `z`, `local_entropy` and `global_entropy` carry gradients.
+        [`RouterStatistics`]; `balance`, `z` and the local and global entropies carry gradients.
 
     Source: balance: Switch (arXiv:2101.03961), eq. 4-6, with f divided by K; z: ST-MoE (arXiv:2202.08906), eq. 5;
     entropies: LIMoE (arXiv:2206.02770), with the sign and the constant that make 0 the global one's best.
@@ -93,6 +97,7 @@ def layer_statistics(logits, visited, chosen, groups, rules):
     entropies = -(probabilities * logs.masked_fill(logs == -math.inf, 0.0)).sum(-1)  # (N,)
     sums = (probabilities * groups.unsqueeze(-1)).sum(1)  # (M, E)
     means = sums / tokens.clamp(min=1).unsqueeze(-1)
+    modality_entropy = (entropies * groups).sum(-1) / tokens.clamp(min=1)  # (M,)
 
     wanted = visits(chosen, groups, num_experts)  # (M, E)
     taken = wanted if visited is chosen else visits(visited, groups, num_experts)
@@ -104,11 +109,15 @@ def layer_statistics(logits, visited, chosen, groups, rules):
         z=(logits.logsumexp(-1).square() * keep).sum() / total,
         entropy=(entropies.detach() * keep).sum() / total,
         counts=counts,
+        chosen=wanted.sum(0),
+        width=counts.sum() / total,
         dropped=(wanted.sum() - counts.sum()) / wanted.sum().clamp(min=1),
         max_logit=torch.cat([peaks, peaks.new_full((1,), -math.inf)]).amax(),
-        local_entropy=((entropies * groups).sum(-1) / tokens.clamp(min=1) * even).sum(),
+        local_entropy=(modality_entropy * even).sum(),
         global_entropy=(entropy_shortfall(means, sizes, rules.threshold) * even).sum(),
         modality_load=share(taken),
+        modality_entropy=modality_entropy,
+        tokens=tokens,
     )
 
 
@@ -153,16 +162,18 @@ def entropy_shortfall(means, sizes, threshold):
 class RouterLosses(NamedTuple):
     """Router losses of the whole model and what they were made of; tower first, then connector, then decoder."""
 
-    weighted: Tensor  # scalar, with the coefficients of each part
+    weighted: Tensor  # scalar, with the coefficients of each part and this micro-batch's share of the global batch
     aux_loss: Tensor  # scalar, mean over all layers
     z_loss: Tensor  # scalar, mean over all layers
     local_entropy_loss: Tensor  # scalar, mean over all layers
     global_entropy_loss: Tensor  # scalar, mean over all layers
     expert_load: tuple  # L tensors (E,)
     expert_counts: tuple  # L tensors (E,)
+    chosen_counts: tuple  # L tensors (E,)
     expert_load_text: Optional[tuple]  # of each decoder layer (E,); None without pictures
     expert_load_image: Optional[tuple]
     router_entropy: Tensor  # (L,)
+    experts_per_token: Tensor  # (L,)
     dropped_tokens: Tensor  # (L,)
     max_router_logit: Tensor  # (L,)
 
@@ -171,13 +182,49 @@ class RouterLosses(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "weighted"}
 
 
-def router_losses(config, outputs, attention_mask=None):
+def count_tokens(input_ids, image_token_id, attention_mask=None):
+    """Unpadded text tokens and image tokens of a batch, `(2,)` int64.
+
+    Summed over the micro-batches and ranks of one optimizer step, this is the `num_tokens_in_batch` of
+    [`MoeVlmForConditionalGeneration`].
+
+    Args:
+        input_ids: `(B, S)`.
+        image_token_id: Of the config.
+        attention_mask: `(B, S)`, 1 for a real token; None counts all.
+    """
+    image = input_ids == image_token_id
+    keep = torch.ones_like(image) if attention_mask is None else attention_mask.bool()
+    return torch.stack([(keep & ~image).sum(), (keep & image).sum()])
+
+
+def batch_shares(here, totals=None):
+    """What a mean over this micro-batch weighs in the mean over the global batch.
+
+    Args:
+        here: `(M,)`, tokens of each modality in this micro-batch.
+        totals: The same of the global batch, which may have a modality more; None: this micro-batch is all there is.
+
+    Returns:
+        The weight of a mean over all tokens, a scalar, and those of the modalities' own means `(M,)` where modalities
+        count the same.
+    """
+    totals = here if totals is None else totals.to(here)
+    present = (totals > 0).to(here)
+    each = here / totals.clamp(min=1)[: len(here)]
+    return here.sum() / totals.sum().clamp(min=1), each * (present / present.sum().clamp(min=1))[: len(here)]
+
+
+def router_losses(config, outputs, attention_mask=None, num_tokens_in_batch=None):
     """The router losses of every sparse layer, padding excluded.
 
     Args:
         config: [`MoeVlmConfig`].
         outputs: [`MoeVlmModelOutput`] with router logits.
         attention_mask: `(B, T)`, 1 for a real token; without a 2-D mask every token counts.
+        num_tokens_in_batch: `(2,)`, text tokens and image tokens of the global batch ([`count_tokens`]): the sum of
+            `weighted` over its micro-batches then has the z-loss and the local entropy of the batch as a whole. Tower
+            and connector weigh by image tokens, that is, by pictures. None: this micro-batch is all there is.
 
     Returns:
         [`RouterLosses`], or None if no layer is sparse.
@@ -188,6 +235,7 @@ def router_losses(config, outputs, attention_mask=None):
         tokens = outputs.last_hidden_state.shape[1]  # the mask covers the cache too
         attention_mask = attention_mask[:, -tokens:] if attention_mask.ndim == 2 else None
     masks = (None, None, attention_mask), (None, None, outputs.image_mask)
+    totals = num_tokens_in_batch
     weighted, parts, start = 0.0, [], 0
     for part_config, layers, mask, image_mask in zip(
         (config.vision_config, config.connector_config, config.text_config), outputs.router_layers, *masks
@@ -200,19 +248,24 @@ def router_losses(config, outputs, attention_mask=None):
         )
         rules = rules_of(part_config)
         part = router_statistics(logits, indices, mask, router_choices=choices, image_mask=image_mask, rules=rules)
-        weighted = weighted + weighted_sum(part, part_config)
+        if part_config is config.text_config:
+            shares = batch_shares(part.tokens[0], totals)
+        else:
+            image_tokens = part.tokens.new_tensor([outputs.image_hidden_states.shape[:-1].numel()])  # (1,)
+            shares = batch_shares(image_tokens, None if totals is None else totals[1:])
+        weighted = weighted + weighted_sum(part, part_config, *shares)
         parts.append(part)
         start += layers
     return join(parts, weighted)
 
 
-def weighted_sum(part, config):
-    """The losses of one part, each mean over its layers, by its config's coefficients."""
+def weighted_sum(part, config, weight, modality_weights):
+    """The losses of one part, each mean over its layers, by its config's coefficients and by [`batch_shares`]."""
     terms = (
-        (config.router_aux_loss_coef, part.balance),
-        (config.router_z_loss_coef, part.z),
-        (config.router_local_entropy_coef, part.local_entropy),
-        (config.router_global_entropy_coef, part.global_entropy),
+        (config.router_aux_loss_coef, part.balance * weight),
+        (config.router_z_loss_coef, part.z * weight),
+        (config.router_local_entropy_coef, (part.modality_entropy * modality_weights).sum(-1)),
+        (config.router_global_entropy_coef, part.global_entropy * weight),
     )
     return sum(coefficient * values.mean() for coefficient, values in terms if coefficient)
 
@@ -230,15 +283,18 @@ def join(parts, weighted):
         global_entropy_loss=together["global_entropy"].mean(),
         expert_load=tuple(load for part in parts for load in part.load),
         expert_counts=tuple(counts for part in parts for counts in part.counts),
+        chosen_counts=tuple(counts for part in parts for counts in part.chosen),
         expert_load_text=None if text is None else tuple(text),
         expert_load_image=None if image is None else tuple(image),
         router_entropy=together["entropy"],
+        experts_per_token=together["width"],
         dropped_tokens=together["dropped"],
         max_router_logit=together["max_logit"],
     )
 
 
 # Fields of [`RouterStatistics`] with one number a layer.
-SCALARS = ("balance", "z", "local_entropy", "global_entropy", "entropy", "dropped", "max_logit")
+SCALARS = ("balance", "z", "local_entropy", "global_entropy", "entropy", "width", "dropped", "max_logit")
 
-__all__ = ["BalanceRules", "RouterLosses", "RouterStatistics", "router_losses", "router_statistics", "rules_of"]
+__all__ = ["BalanceRules", "RouterLosses", "RouterStatistics", "batch_shares", "count_tokens", "router_losses"]
+__all__ += ["router_statistics", "rules_of"]

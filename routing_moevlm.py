@@ -6,6 +6,7 @@ Shapes: N tokens, D hidden, E experts, K experts per token, G groups of experts.
 
 import math
 from contextlib import nullcontext
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -58,12 +59,12 @@ class MoeVlmSelection(nn.Module):
             ValueError: the wish is no whole number, below 1, or above what some token can reach.
         """
         width = self.top_k if num_experts_per_tok is None else num_experts_per_tok
-        if not isinstance(width, int) or not 1 <= width <= self.most:
+        if isinstance(width, bool) or not isinstance(width, Integral) or not 1 <= width <= self.most:
             raise ValueError(
                 f"num_experts_per_tok={width!r} must be a whole number from 1 to {self.most}: what a token of "
                 f"{self.config.model_type} can reach of num_experts={self.num_experts}"
             )
-        return width
+        return int(width)
 
     def forward(self, logits, bias=None, num_experts_per_tok=None):
         """Choose the experts of every token.
@@ -221,7 +222,8 @@ class MoeVlmRouter(nn.Module):
         experts of a batch without pictures are not idle by the router's choice.
 
         Args:
-            counts: `(E,)`, visits of each expert in the whole global batch: all micro-batches, all ranks.
+            counts: `(E,)` whole numbers, how often each expert was chosen in the whole global batch: all micro-batches,
+                all ranks, before a capacity dropped any.
             rate: Size of a step; the paper takes 0.001.
 
         Raises:
@@ -232,10 +234,10 @@ class MoeVlmRouter(nn.Module):
         bias = self.e_score_correction_bias
         if bias is None:
             raise ValueError("this router has no bias to move; set use_router_bias=True in its config")
-        counts = counts.to(bias.device)
+        counts = counts.to(bias.device).long()  # whole numbers compare exactly on every device; MPS has no float64
         for kind in sorted(set(self.kinds or ["shared"])):
             own = [e for e in range(self.num_experts) if self.kinds is None or self.kinds[e] == kind]
-            moved = bias[own] + rate * (counts[own].double().mean() - counts[own]).sign().float()
+            moved = bias[own] + rate * (counts[own].sum() - len(own) * counts[own]).sign().float()
             bias[own] = moved - moved.mean()
 
     def _apply(self, fn, recurse=True):

@@ -4,6 +4,7 @@
 Letters: L sparse layers, E experts.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,11 +13,15 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from .routing_moevlm import MoeVlmRouter
 from .summary_moevlm import is_router, part_of, sparse_layers
 
+logger = logging.getLogger(__name__)
+
+# What a model hands on of its routers: minus infinity there means a masked expert, or no token at all.
+MARKED = ("router_logits", "max_router_logit")
 # Sums over a long run's window stay exact in float64, which MPS lacks.
 WIDEST = {"mps": torch.float32}
 
@@ -48,14 +53,14 @@ class RouterWindow:
         """Add one micro-batch.
 
         Args:
-            outputs: `aux_loss` and `z_loss`; of each layer `expert_load` `(E,)`, and in tensors `(L,)`
-                `router_entropy`, `max_router_logit` and `dropped_tokens`.
+            outputs: `aux_loss` and `z_loss`; of each layer `chosen_counts` `(E,)`, and in tensors `(L,)`
+                `router_entropy`, `max_router_logit`, `experts_per_token` and `dropped_tokens`.
         """
-        loads = list(outputs["expert_load"])
-        each = zip(loads, outputs["router_entropy"], outputs["dropped_tokens"], strict=True)
-        rows = [torch.stack([*load, entropy, dropped, load.new_ones(())]) for load, entropy, dropped in each]
+        loads = [counts / counts.sum().clamp(min=1) for counts in outputs["chosen_counts"]]
+        numbers = torch.stack([outputs[name] for name in ("router_entropy", "experts_per_token", "dropped_tokens")])
+        rows = [torch.cat([load, each, load.new_ones(1)]) for load, each in zip(loads, numbers.t(), strict=True)]
         losses = torch.stack([outputs["aux_loss"], outputs["z_loss"], outputs["aux_loss"].new_ones(())])
-        sums = widest(torch.cat([losses, *in_places(rows, [experts + 3 for experts in self.layers.values()])]))
+        sums = widest(torch.cat([losses, *in_places(rows, [experts + 4 for experts in self.layers.values()])]))
         self.sums = sums if self.sums is None else self.sums + sums
         peaks = outputs["max_router_logit"].detach().float()
         peaks = nn.functional.pad(peaks, (len(self.layers) - len(loads), 0), value=float("-inf"))  # (L,)
@@ -65,7 +70,8 @@ class RouterWindow:
         """Scalars for the log and the load of each layer's experts; the window is empty afterwards.
 
         Of each layer: entropy of the router in nats, its largest logit, largest share of an expert, experts that nobody
-        visited, share of the visits that were dropped for want of capacity.
+        chose, visits of a token that took place, share of the chosen visits that were dropped for want of capacity.
+        Loads are those of the choices: a capacity would hide the largest ones.
         """
         if self.sums is None:
             return {}, {}
@@ -74,9 +80,9 @@ class RouterWindow:
         self.sums = self.peaks = None
         scalars = {"aux_loss": (sums[0] / sums[2]).item(), "z_loss": (sums[1] / sums[2]).item()}
         loads = {}
-        rows = sums[3:].split([experts + 3 for experts in self.layers.values()])
+        rows = sums[3:].split([experts + 4 for experts in self.layers.values()])
         for name, row, peak in zip(self.layers, rows, peaks, strict=True):
-            *shares, entropy, dropped, batches = row.unbind()
+            *shares, entropy, width, dropped, batches = row.unbind()
             if batches == 0:
                 continue
             load = torch.stack(shares) / batches
@@ -84,6 +90,7 @@ class RouterWindow:
             scalars[f"max_router_logit_{name}"] = peak.item()
             scalars[f"max_load_{name}"] = load.max().item()
             scalars[f"dead_experts_{name}"] = float((load == 0).sum())
+            scalars[f"experts_per_token_{name}"] = (width / batches).item()
             scalars[f"dropped_tokens_{name}"] = (dropped / batches).item()
             loads[name] = [round(share, 5) for share in load.tolist()]
         return scalars, loads
@@ -92,8 +99,9 @@ class RouterWindow:
 class LoadBalancer(TrainerCallback):
     """Loss-free balancing: after each optimizer step, one move of each router's selection bias toward even load.
 
-    The counts are those of the whole global batch: all micro-batches, all ranks. Whole numbers add up the same in any
-    order, so the biases agree bit for bit over ranks. A bias moves while its router learns: a frozen router keeps it.
+    The counts are the choices of the whole global batch, all micro-batches, all ranks, before a capacity dropped any:
+    what it lets through may look even whatever is chosen. Whole numbers add up the same in any order, so the biases
+    agree bit for bit over ranks. A bias moves while its router learns: a frozen router keeps it.
 
     Args:
         model: A MoeVlm, under PEFT or not.
@@ -116,9 +124,9 @@ class LoadBalancer(TrainerCallback):
         return any(router is not None for router in self.routers)
 
     def add(self, outputs: Mapping[str, Any]) -> None:
-        """Add one micro-batch: `expert_counts`, L tensors `(E,)` with the visits of each expert, padding excluded."""
+        """Add one micro-batch: `chosen_counts`, L tensors `(E,)`: how often each expert was chosen, without padding."""
         if self.active:
-            counts = widest(torch.cat(in_places(list(outputs["expert_counts"]), self.sizes)))
+            counts = torch.cat(in_places(list(outputs["chosen_counts"]), self.sizes)).long()
             self.counts = counts if self.counts is None else self.counts + counts
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -128,6 +136,24 @@ class LoadBalancer(TrainerCallback):
             for router, visits in zip(self.routers, counts, strict=True):
                 if router is not None and visits.any():
                     router.update_bias(visits, self.rate)
+
+
+class QuietProgress(ProgressCallback):
+    """The progress bar with the last loss beside it, instead of a line for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None:
+            shown = {name: logs[name] for name in ("loss", "eval_score") if name in (logs or {})}
+            self.training_bar.set_postfix({**getattr(self, "shown", {}), **shown})
+            self.shown = {**getattr(self, "shown", {}), **shown}
+
+
+class EvaluateLastStep(TrainerCallback):
+    """Evaluates at the last step too, though no multiple of `eval_steps`: else an older best would win unopposed."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
 def has_bias(router: nn.Module) -> bool:
@@ -140,6 +166,24 @@ def routers_of(model: nn.Module) -> list[MoeVlmRouter]:
     # PEFT keeps the untrained copy of a module that it saves whole.
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoeVlmRouter)]
     return [module for name, module in found if not name.endswith(".original_module")]
+
+
+def warn_of_unreached_routers(model: nn.Module) -> None:
+    """Warn of routers that learn though the loss of the answers has no gradient for them.
+
+    With one expert a token and `norm_topk_prob`, the weight of the visit is 1 whatever the router says.
+    """
+    names = [
+        name
+        for name, router in zip(sparse_layers(model.config), routers_of(model), strict=True)
+        if router.weight.requires_grad and router.selection.norm_topk_prob and router.selection.top_k == 1
+    ]
+    if names:
+        logger.warning(
+            "num_experts_per_tok=1 with norm_topk_prob=True makes every weight 1: the routers of %s learn nothing from "
+            "the answers; set norm_topk_prob=False or a larger num_experts_per_tok there, or freeze_router",
+            ", ".join(names),
+        )
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -174,8 +218,10 @@ def first_non_finite(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
 
     def look(name: str):
         def hook(module, args, output):
-            # Routers may mark experts that a token may not visit by minus infinity.
+            # Routers may mark experts that a token may not visit by minus infinity; models hand these marks on.
             allowed = float("-inf") if name.endswith(".gate") else None
+            if isinstance(output, Mapping):
+                output = [value for key, value in output.items() if key not in MARKED]
             if not found and not all(is_finite(value, allowed) for value in tensors(output)):
                 broken = [short for short, value in module.named_parameters() if not is_finite(value)]
                 why = f"whose own {broken[0]} is not finite" if broken else "whose weights are finite"

@@ -12,19 +12,23 @@ from datasets import Dataset
 from pyarrow import compute
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from .grounding_moevlm import image_words_loss
+from .router_losses_moevlm import count_tokens
 from .summary_moevlm import PARTS as TOWERS
 from .summary_moevlm import is_router, part_of, sparse_layers
 from .telemetry_moevlm import (
+    EvaluateLastStep,
     LoadBalancer,
+    QuietProgress,
     RouterWindow,
     first_non_finite,
     gradient_norms,
     has_bias,
     is_finite,
     routers_of,
+    warn_of_unreached_routers,
 )
 
 try:
@@ -34,7 +38,7 @@ except ImportError:
 
 PARTS = (*TOWERS, "router")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
 
 
 @dataclass
@@ -256,24 +260,6 @@ class StagedSampler(Sampler):
         self.epoch = epoch
 
 
-class QuietProgress(ProgressCallback):
-    """The progress bar with the last loss beside it, instead of a line for every log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None:
-            shown = {name: logs[name] for name in ("loss", "eval_score") if name in (logs or {})}
-            self.training_bar.set_postfix({**getattr(self, "shown", {}), **shown})
-            self.shown = {**getattr(self, "shown", {}), **shown}
-
-
-class EvaluateLastStep(TrainerCallback):
-    """Evaluates at the last step too, though no multiple of `eval_steps`: else an older best would win unopposed."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-
 class MoeVlmTrainer(Trainer):
     """A Trainer that scores generated answers, balances and logs the routers, and stops before it saves broken numbers.
 
@@ -290,6 +276,7 @@ class MoeVlmTrainer(Trainer):
                 "and DeepSpeed may hold a part of it; set it to 0, or train with DDP"
             )
         self.score_fn = score_fn
+        warn_of_unreached_routers(self.model)
         self.router_window = RouterWindow(sparse_layers(self.model.config))
         self.gradient_norms: dict[str, Tensor] = {}
         self.balancer = LoadBalancer(self.model, self.args.router_bias_update_rate)
@@ -331,6 +318,18 @@ class MoeVlmTrainer(Trainer):
             scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
             self.gradient_norms = {part: norm / scale for part, norm in gradient_norms(self.model).items()}
         return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if labels is not None and self.router_window.layers:
+            image_token = self.model.config.image_token_id
+            own = sum(count_tokens(one["input_ids"], image_token, one.get("attention_mask")) for one in batches)  # (2,)
+            # Given as labels, so that the library counts them over the same ranks.
+            each = [{"labels": torch.zeros(count), "shift_labels": torch.zeros(count)} for count in own.tolist()]
+            total = torch.stack([self._get_num_items_in_batch([labels], device) for labels in each]).long()
+            for one in batches:
+                one["num_tokens_in_batch"] = total
+        return batches, labels
 
     def _logs_this_step(self) -> bool:
         """Whether the step under way may end with a line of the log."""

@@ -11,7 +11,7 @@ from conftest import IMAGE_TOKEN
 from test_routing_options import FLOAT32, MODALITIES, gradients, model_of
 from torch.nn import functional as F
 
-from moevlm.router_losses_moevlm import BalanceRules, router_statistics
+from moevlm.router_losses_moevlm import BalanceRules, batch_shares, count_tokens, router_statistics
 
 # Router statistics, by hand
 
@@ -210,6 +210,68 @@ def test_accumulation_changes_no_router_gradient(batch, name, steps):
     for _ in range(steps):
         model(**batch, num_items_in_batch=valid * steps).loss.backward()
     assert_router_ratios_of_one({n: p.grad for n, p in model.named_parameters()}, expected)
+
+
+# Means over tokens, or over the tokens of each modality: what is exact for any split of any data.
+MEANS = {"router_z_loss_coef": 1.0, "router_local_entropy_coef": 5.0}
+MEANS |= {"router_aux_loss_coef": 0.0, "router_global_entropy_coef": 0.0}
+
+
+def different_rows():
+    """Four rows of different lengths, labels and modalities: the third has no picture, the fourth few labels."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(6, 64, (4, 24), generator=generator)
+    mask, pictures = torch.ones_like(ids), torch.randn(4, 3, 32, 32, generator=generator)
+    for row, length in enumerate((24, 11, 17, 24)):
+        mask[row, length:] = 0
+        if row != 2:
+            ids[row, 1:5] = IMAGE_TOKEN
+    labels = ids.masked_fill((mask == 0) | (ids == IMAGE_TOKEN), -100)
+    labels[3, :22] = -100
+    return [
+        {"input_ids": ids[[n]], "attention_mask": mask[[n]], "labels": labels[[n]], "pixel_values": pictures[[n]]}
+        if n != 2
+        else {"input_ids": ids[[n]], "attention_mask": mask[[n]], "labels": labels[[n]]}
+        for n in range(4)
+    ]
+
+
+def joined(rows):
+    names = ("input_ids", "attention_mask", "labels", "pixel_values")
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: torch.cat(values) for name, values in found.items() if values}
+
+
+def accumulated(model, parts, **totals):
+    model.zero_grad()
+    for part in parts:
+        model(**part, **totals).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", LOSSY)
+def test_losses_that_are_means_over_tokens_are_exact_for_any_split_of_different_data(name, steps):
+    model, rows = model_of(vision=MEANS, connector=MEANS, **MEANS, **LOSSY[name]), different_rows()
+    whole = joined(rows)
+    expected = gradients(model, **whole)
+    parts = [joined(rows[n : n + 4 // steps]) for n in range(0, 4, 4 // steps)]
+    tokens = sum(count_tokens(part["input_ids"], IMAGE_TOKEN, part["attention_mask"]) for part in parts)
+    assert tokens.tolist() == [24 + 11 + 17 + 24 - 12, 12]
+    labels = (whole["labels"][:, 1:] != -100).sum()
+    found = accumulated(model, parts, num_items_in_batch=labels, num_tokens_in_batch=tokens)
+    assert_router_ratios_of_one(found, expected)
+
+
+def test_shares_of_a_batch_by_hand():
+    here, totals = torch.tensor([6.0, 2.0]), torch.tensor([12, 8])
+    share, each = batch_shares(here, totals)
+    assert share == 8 / 20 and each.tolist() == [0.25, 0.125]  # half of 6 / 12 and of 2 / 8
+    share, each = batch_shares(here[:1], totals)  # a micro-batch without pictures
+    torch.testing.assert_close(share, torch.tensor(6 / 20))
+    assert each.tolist() == [0.25]
+    share, each = batch_shares(here)
+    assert share == 1.0 and each.tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

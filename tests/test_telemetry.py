@@ -1,6 +1,7 @@
 """What watches a training: windows over ranks, gradient norms, the layer where numbers break, loss-free balancing."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from torch import nn
 
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.summary_moevlm import sparse_layers
-from moevlm.telemetry_moevlm import LoadBalancer, RouterWindow, first_non_finite, gradient_norms, routers_of
+from moevlm.telemetry_moevlm import (
+    LoadBalancer,
+    RouterWindow,
+    first_non_finite,
+    gradient_norms,
+    routers_of,
+    warn_of_unreached_routers,
+)
 from moevlm.training_moevlm import ModelArguments, adapt, freeze
 
 # The window
@@ -25,22 +33,23 @@ class Ranks:
         return torch.cat([peaks, peaks + 1])
 
 
-def numbers(loads, entropies, peaks, dropped, aux_loss=1.0):
+def numbers(counts, entropies, peaks, dropped, widths, aux_loss=1.0):
     """Outputs of a model in as far as the window reads them."""
     return {
         "aux_loss": torch.tensor(aux_loss),
         "z_loss": torch.tensor(2.0),
-        "expert_load": tuple(torch.tensor(load) for load in loads),
+        "chosen_counts": tuple(torch.tensor(count) for count in counts),
         "router_entropy": torch.tensor(entropies),
         "max_router_logit": torch.tensor(peaks),
         "dropped_tokens": torch.tensor(dropped),
+        "experts_per_token": torch.tensor(widths),
     }
 
 
 def test_the_window_averages_each_layer_over_the_batches_that_visited_it():
     window = RouterWindow({"vision.0": 2, "decoder.1": 3})
-    window.add(numbers([[1.0, 0.0], [0.5, 0.25, 0.25]], [0.1, 0.3], [4.0, 9.0], [0.25, 0.0]))
-    window.add(numbers([[0.1, 0.9, 0.0]], [0.5], [7.0], [0.5], aux_loss=3.0))  # a batch without pictures
+    window.add(numbers([[6.0, 0.0], [4.0, 2.0, 2.0]], [0.1, 0.3], [4.0, 9.0], [0.25, 0.0], [1.5, 2.0]))
+    window.add(numbers([[1.0, 9.0, 0.0]], [0.5], [7.0], [0.5], [1.0], aux_loss=3.0))  # a batch without pictures
     scalars, loads = window.take(Ranks())
     assert scalars["aux_loss"] == 2.0 and scalars["z_loss"] == 2.0
     assert loads == {"vision.0": [1.0, 0.0], "decoder.1": [0.3, 0.575, 0.125]}
@@ -48,14 +57,33 @@ def test_the_window_averages_each_layer_over_the_batches_that_visited_it():
     assert scalars["router_entropy_decoder.1"] == pytest.approx(0.4) and scalars["max_load_decoder.1"] > 0.57
     assert scalars["max_router_logit_vision.0"] == 5.0 and scalars["max_router_logit_decoder.1"] == 10.0
     assert scalars["dropped_tokens_vision.0"] == 0.25 and scalars["dropped_tokens_decoder.1"] == 0.25
+    assert scalars["experts_per_token_vision.0"] == 1.5 and scalars["experts_per_token_decoder.1"] == 1.5
     assert window.take(Ranks()) == ({}, {})
 
 
 def test_a_layer_that_no_batch_reached_is_left_out_of_the_log():
     window = RouterWindow({"vision.0": 2, "decoder.1": 2})
-    window.add(numbers([[0.5, 0.5]], [0.5], [7.0], [0.0]))
+    window.add(numbers([[5.0, 5.0]], [0.5], [7.0], [0.0], [1.0]))
     scalars, loads = window.take(Ranks())
     assert list(loads) == ["decoder.1"] and not any("vision" in name for name in scalars)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_the_log_tells_what_dynamic_width_and_a_capacity_cost(batch, width):
+    config = tiny_config(router_top_p=width)
+    config.vision_config.expert_capacity_factor = 0.5
+    batch["attention_mask"][0, 20:] = 0
+    model = MoeVlmForConditionalGeneration(config).eval()
+    output, window = model(**batch, output_router_logits=True), RouterWindow(sparse_layers(config))
+    window.add(output)
+    scalars, loads = window.take(Ranks())
+    real = batch["attention_mask"].flatten().bool()
+    visits = [(each < 4).sum(-1).float() for each in output.router_indices]  # (N,) of each layer
+    wanted = [each.mean().item() for each in (*visits[:2], *(each[real] for each in visits[2:]))]
+    assert [scalars[f"experts_per_token_{name}"] for name in loads] == pytest.approx(wanted)
+    assert wanted[0] <= 1.0 and wanted[1] == 2.0 and (wanted[3] == 2.0) == (width == 1.0)
+    # 64 choices of 32 patches, 8 visits an expert: even in what is served, not in what is chosen.
+    assert scalars["max_load_vision.1"] > 0.26
 
 
 # Gradients
@@ -93,6 +121,15 @@ def test_the_first_layer_whose_output_is_not_finite_is_named_with_its_broken_wei
     tiny.get_parameter(f"{layer}.{parameter}").data.fill_(float("nan"))
     kind = type(tiny.get_submodule(layer)).__name__
     assert f"that of {layer} ({kind}), whose own {parameter} is not finite" in first_non_finite(tiny, batch)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_masked_experts_are_no_break_and_hide_none(batch, broken):
+    model = MoeVlmForConditionalGeneration(tiny_config(expert_modalities=["shared", "image", "text", "text"])).eval()
+    if broken:
+        model.lm_head.weight.data.fill_(float("nan"))
+    found = first_non_finite(model, {**batch, "output_router_logits": True})
+    assert ("that of lm_head (Linear), whose own weight" in found) if broken else found is None
 
 
 def test_a_layer_that_overflows_with_finite_weights_is_told_from_a_broken_one(tiny, batch):
@@ -149,7 +186,7 @@ def test_one_move_a_step_from_the_sum_of_all_micro_batches():
     balancer = LoadBalancer(model, rate=0.01)
     batches = [counts_of(model, seed) for seed in range(3)]
     for counts in batches:
-        balancer.add({"expert_counts": counts})
+        balancer.add({"chosen_counts": counts})
     assert all(not bias.any() for bias in biases(model))
     step(balancer)
     for router, counts in zip(routers_of(by_hand), zip(*batches)):
@@ -164,7 +201,7 @@ def test_one_move_a_step_from_the_sum_of_all_micro_batches():
 def test_a_batch_without_pictures_moves_the_decoder_only():
     model = balanced_model()
     balancer = LoadBalancer(model, rate=0.01)
-    balancer.add({"expert_counts": counts_of(model, 0)[2:]})
+    balancer.add({"chosen_counts": counts_of(model, 0)[2:]})
     step(balancer)
     assert [bool(bias.any()) for bias in biases(model)] == [False, False, True, True]
 
@@ -177,7 +214,7 @@ def test_a_frozen_router_keeps_its_bias(frozen, moved):
     model = balanced_model()
     freeze(model, frozen)
     balancer = LoadBalancer(model, rate=0.01)
-    balancer.add({"expert_counts": counts_of(model, 0)})
+    balancer.add({"chosen_counts": counts_of(model, 0)})
     step(balancer)
     assert [bool(bias.any()) for bias in biases(model)] == moved
     assert balancer.active == any(moved)
@@ -185,8 +222,53 @@ def test_a_frozen_router_keeps_its_bias(frozen, moved):
 
 def test_without_a_bias_or_with_rate_zero_nothing_is_counted(tiny):
     for balancer in (LoadBalancer(tiny, rate=0.01), LoadBalancer(balanced_model(), rate=0.0)):
-        balancer.add({"expert_counts": counts_of(tiny, 0)})
+        balancer.add({"chosen_counts": counts_of(tiny, 0)})
         assert not balancer.active and balancer.counts is None
+
+
+def test_a_capacity_does_not_hide_an_uneven_choice_from_the_bias(batch):
+    config = tiny_config()
+    config.vision_config.use_router_bias, config.vision_config.expert_capacity_factor = True, 0.25
+    model = MoeVlmForConditionalGeneration(config).eval()
+    router = routers_of(model)[0]
+    with torch.no_grad():
+        router.e_score_correction_bias.copy_(torch.tensor([0.3, 0.1, -0.1, -0.3]))
+    before, output = router.e_score_correction_bias.clone(), model(**batch)
+    # 32 patches, K = 2, E = 4: at most 4 of 64 visits an expert, and each of the first two is asked for more.
+    assert output.expert_counts[0][:2].tolist() == [4.0, 4.0] and output.chosen_counts[0].sum() == 64
+    balancer = LoadBalancer(model, rate=0.01)
+    balancer.add(output)
+    step(balancer)
+    moves = (output.chosen_counts[0].mean() - output.chosen_counts[0]).sign() * 0.01
+    torch.testing.assert_close(router.e_score_correction_bias, before + moves - moves.mean())
+    assert moves.any()
+
+
+# One expert a token
+
+
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_the_answers_teach_a_router_of_one_expert_only_without_renormalisation(
+    batch, caplog, norm_topk_prob, scoring_func
+):
+    off = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+    one = {"num_experts_per_tok": 1, "norm_topk_prob": norm_topk_prob, "scoring_func": scoring_func}
+    model = MoeVlmForConditionalGeneration(tiny_config(**one, **off))
+    model(**batch).loss.backward()
+    gradients = [router.weight.grad for router in routers_of(model)[2:]]
+    assert all(bool(gradient.any()) != norm_topk_prob for gradient in gradients)
+    with caplog.at_level(logging.WARNING):
+        warn_of_unreached_routers(model)
+    assert ("the routers of decoder.0, decoder.2 learn nothing from the answers" in caplog.text) == norm_topk_prob
+
+
+def test_neither_a_frozen_router_nor_a_larger_k_is_warned_of(tiny, caplog):
+    warn_of_unreached_routers(tiny)
+    one = MoeVlmForConditionalGeneration(tiny_config(num_experts_per_tok=1))
+    freeze(one, ["router"])
+    warn_of_unreached_routers(one)
+    assert not caplog.text
 
 
 def test_under_lora_the_biases_move_and_travel_with_the_adapter(tmp_path):
@@ -195,7 +277,7 @@ def test_under_lora_the_biases_move_and_travel_with_the_adapter(tmp_path):
     start = balanced_model()
     model = adapt(copy.deepcopy(start), ModelArguments(lora=True, lora_rank=2, freeze_vision=True))
     balancer = LoadBalancer(model, rate=0.01)
-    balancer.add({"expert_counts": counts_of(start, 0)})
+    balancer.add({"chosen_counts": counts_of(start, 0)})
     step(balancer)
     moved = biases(model)
     assert [bool(bias.any()) for bias in moved] == [False, True, True, True]

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (20, 180, 40), "blue": (30, 40, 220), "white": (255, 255, 255)}
 
 
-def small_model(**text_config):
+def small_model(vision=None, **text_config):
     set_seed(0)
     config = MoeVlmConfig(
         vision_config={
@@ -45,6 +45,7 @@ def small_model(**text_config):
             "num_attention_heads": 2,
             "image_size": 32,
             "stem_channels": (8, 8, 8, 16),
+            **(vision or {}),
         },
         text_config={
             "vocab_size": 300,
@@ -369,6 +370,37 @@ def test_the_router_learns_the_same_with_and_without_gradient_accumulation(tmp_p
     assert (split.norm() / whole.norm()).item() == pytest.approx(1.0, abs=1e-3)
 
 
+def longer(row, unlearnt, learnt):
+    """The row with its last token repeated, so often without a label and so often with one."""
+    ids, labels = row["input_ids"], row["labels"]
+    ids, labels = ids + ids[-1:] * (unlearnt + learnt), labels + [-100] * unlearnt + ids[-1:] * learnt
+    return {**row, "input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_trainer_weighs_different_micro_batches_by_their_tokens(tmp_path, processor, rows, steps):
+    # z-loss alone reaches the router: no weight of a visit depends on it.
+    fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 10.0, "num_experts_per_tok": 1}
+    different = [longer(row, *more) for row, more in zip(rows, ((0, 0), (3, 9), (9, 0), (1, 2)))]
+    start, moved = (small_model(**fields) for _ in range(2))
+    freeze(moved, ["vision", "connector"])
+    settings = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps, "learning_rate": 1.0}
+    settings |= {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "warmup_ratio": 0.0}
+    trainer_of(moved, different, processor, arguments(tmp_path, **settings)).train()
+    batch, gate = MoeVlmCollator(processor)(different), routers_of(start)[0].weight
+    (expected,) = torch.autograd.grad(10.0 * start.eval()(**batch).z_loss, gate)
+    found = start.state_dict()["model.language_model.layers.1.mlp.gate.weight"] - routers_of(moved)[0].weight.detach()
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-4  # a difference of float32 weights
+
+
+def test_a_router_that_no_answer_can_teach_is_warned_of(tmp_path, processor, rows, caplog):
+    for norm_topk_prob in (True, False):
+        caplog.clear()
+        model = small_model(num_experts_per_tok=1, norm_topk_prob=norm_topk_prob)
+        trainer_of(model, rows, processor, arguments(tmp_path))
+        assert ("num_experts_per_tok=1 with norm_topk_prob=True" in caplog.text) == norm_topk_prob
+
+
 # The Trainer
 
 
@@ -515,6 +547,27 @@ def test_lora_reaches_attention_and_experts_and_nothing_else():
     for target in ("q_proj", "k_proj", "v_proj", "o_proj", "mlp.experts"):
         assert any(f".{target}." in name for name in learning), target
     assert not any("gate." in name.split("lora_")[0].split("experts")[0] for name in learning)
+
+
+@pytest.mark.parametrize("form", ["mlp", "swiglu"])
+def test_lora_reaches_both_halves_of_the_towers_experts_and_merges_to_the_same_logits(processor, rows, form):
+    vision = {"moe_layers": "all", "num_experts": 4, "moe_intermediate_size": 16, "expert_form": form}
+    start = small_model(vision=vision)
+    model, batch = adapt(copy.deepcopy(start), ModelArguments(lora=True, lora_rank=2)), MoeVlmCollator(processor)(rows)
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    targets = [name for name, _ in start.named_parameters() if name.endswith(("up_proj", "down_proj"))]
+    assert len([name for name in targets if "vision" in name]) == 2 * start.config.vision_config.num_hidden_layers
+    assert len([name for name in learning if ".experts." in name]) == 2 * len(targets)  # A and B of each
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        adapted = model.eval()(**batch).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, adapted, atol=1e-4, rtol=1e-3)
+    weights = dict(merged.named_parameters())
+    changed = [name for name, value in start.named_parameters() if not torch.equal(value, weights[name])]
+    assert set(targets) <= set(changed)
 
 
 def test_a_dense_model_takes_lora_without_experts():
