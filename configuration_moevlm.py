@@ -115,7 +115,8 @@ class MoeVlmVisionConfig(SparseConfig):
                 f"stem_channels={self.stem_channels} shrinks a picture {2 ** len(self.stem_channels)} times, but "
                 f"patch_size={self.patch_size}; give log2(patch_size) channels or change patch_size"
             )
-        self.refuse("expert_modalities", "its tokens are all image tokens")
+        for name in ("expert_modalities", "router_aux_loss_per_modality"):
+            self.refuse(name, "its tokens are all image tokens")
         self.check_layer_types()
         if "sparse" in self.mlp_layer_types:
             self.check_sparse()
@@ -169,7 +170,8 @@ class MoeVlmConnectorConfig(SparseConfig):
         check_positive(self, ("pixel_shuffle_factor", "hidden_size"))
         if self.projector not in ("linear", "mlp"):
             raise ValueError(f"projector={self.projector!r} must be 'linear' or 'mlp'")
-        self.refuse("expert_modalities", "its tokens are all image tokens")
+        for name in ("expert_modalities", "router_aux_loss_per_modality"):
+            self.refuse(name, "its tokens are all image tokens")
         self.refuse("expert_capacity_factor", "only the vision tower may drop tokens")
         if self.num_experts:
             self.check_sparse()

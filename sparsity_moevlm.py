@@ -4,6 +4,8 @@
 Decoder, connector and tower share them, each with its own numbers in its own config.
 """
 
+import math
+
 from transformers import PretrainedConfig
 
 # Bounds of routing numbers; 1e-6 stands for: above 0.
@@ -241,9 +243,8 @@ class SparseConfig(ExpertsConfig):
                 f"n_group={self.n_group} must divide num_experts={self.num_experts} and be at least "
                 f"topk_group={self.topk_group}"
             )
-        if self.shared_expert_mix is not None and not self.n_shared_experts:
-            raise ValueError(f"shared_expert_mix={self.shared_expert_mix} needs n_shared_experts of at least 1")
         self._check_modalities()
+        self._check_effects()
         if self.num_experts_per_tok > self.max_experts_per_tok:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {self.max_experts_per_tok} experts that "
@@ -261,6 +262,20 @@ class SparseConfig(ExpertsConfig):
             if value is not None and not lowest <= value <= most:
                 raise ValueError(f"{name}={value} must lie between {lowest} and {most}; leave it out to switch it off")
 
+    def _check_effects(self):
+        """Raise `ValueError` for an option that would do nothing without another."""
+        for name in ("shared_expert_mix", "shared_expert_gate"):
+            if self._is_set(name) and not self.n_shared_experts:
+                raise ValueError(f"{name}={getattr(self, name)} needs n_shared_experts of at least 1")
+        if self.batch_priority_routing and self.expert_capacity_factor is None:
+            raise ValueError("batch_priority_routing=True needs an expert_capacity_factor; without one none is dropped")
+        threshold, most = self.router_global_entropy_threshold, math.log(self.num_experts)
+        if threshold is not None and threshold > most + 1e-6:
+            raise ValueError(
+                f"router_global_entropy_threshold={threshold} exceeds ln(num_experts={self.num_experts}) = {most:.4f}; "
+                "lower it, or leave it out for the experts allowed"
+            )
+
     def _check_modalities(self):
         kinds = self.expert_modalities
         if kinds is not None and (len(kinds) != self.num_experts or set(kinds) - {"shared", "image", "text"}):
@@ -269,10 +284,13 @@ class SparseConfig(ExpertsConfig):
                 f"num_experts={self.num_experts} experts"
             )
 
+    def _is_set(self, name):
+        return getattr(self, name) is not None and getattr(self, name) is not False
+
     def refuse(self, name, reason):
         """Raise `ValueError` if a field is set that this part has no use for."""
-        if getattr(self, name) is not None:
-            raise ValueError(f"{name}={getattr(self, name)} is not for {self.model_type}: {reason}; leave it None")
+        if self._is_set(name):
+            raise ValueError(f"{name}={getattr(self, name)} is not for {self.model_type}: {reason}; leave it out")
 
 
 __all__ = ["ExpertsConfig", "SparseConfig", "check_positive", "layer_types_from"]

@@ -1,6 +1,8 @@
 """The config: what it refuses, what its rules mean, and what survives a round trip."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,8 @@ from moevlm.configuration_moevlm import (
     MoeVlmVisionConfig,
 )
 from moevlm.sparsity_moevlm import MOE_LAYER_RULES, layer_types_from
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def sparse_layers(moe_layers, num_hidden_layers):
@@ -117,6 +121,10 @@ def test_a_wrong_value_is_refused_by_name(config_class, arguments, message):
             "exceeds the 1 experts that some token can reach",
         ),
         ({"expert_capacity_factor": 1.0}, "expert_capacity_factor=1.0 is not for moevlm_text"),
+        ({"batch_priority_routing": True}, "batch_priority_routing=True needs an expert_capacity_factor"),
+        ({"shared_expert_mix": 0.0}, "shared_expert_mix=0.0 needs n_shared_experts of at least 1"),
+        ({"shared_expert_gate": True}, "shared_expert_gate=True needs n_shared_experts of at least 1"),
+        ({"router_global_entropy_threshold": 2.1}, r"threshold=2.1 exceeds ln\(num_experts=8\) = 2.0794"),
     ],
 )
 def test_a_wrong_routing_value_is_refused_by_name(arguments, message):
@@ -133,6 +141,8 @@ def test_a_wrong_routing_value_is_refused_by_name(arguments, message):
             "is not for moevlm_vision: its tokens are all image",
         ),
         (MoeVlmConnectorConfig, {"expert_modalities": ["shared"] * 8}, "is not for moevlm_connector"),
+        (MoeVlmVisionConfig, {"router_aux_loss_per_modality": True}, "is not for moevlm_vision: its tokens are all"),
+        (MoeVlmConnectorConfig, {"router_aux_loss_per_modality": True}, "is not for moevlm_connector"),
         (MoeVlmConnectorConfig, {"expert_capacity_factor": 1.0}, "only the vision tower may drop tokens"),
         (MoeVlmVisionConfig, {"moe_layers": "all", "expert_capacity_factor": -1.0}, "expert_capacity_factor=-1.0 must"),
     ],
@@ -201,6 +211,15 @@ def test_routing_options_survive_save_and_load(tmp_path):
     loaded = MoeVlmConfig.from_pretrained(tmp_path)
     assert {name: getattr(loaded.text_config, name) for name in text} == text
     assert {name: getattr(loaded.vision_config, name) for name in vision} == vision
+
+
+def test_ln_of_all_experts_is_a_threshold_that_may_be_asked_for():
+    assert MoeVlmTextConfig(router_global_entropy_threshold=math.log(8)).router_global_entropy_threshold > 2.07
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_config_of_the_repository_is_valid(path):
+    assert MoeVlmConfig.from_json_file(path).text_config.num_experts >= 1
 
 
 def test_output_router_logits_survives_save_and_load(tmp_path):

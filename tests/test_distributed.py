@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moevlm.base_moevlm import SHIPPED
 from moevlm.configuration_moevlm import AUTO_MAP
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
+from moevlm.router_losses_moevlm import count_tokens
 from moevlm.routing_moevlm import MoeVlmRouter
 
 RANKS = 2
@@ -51,15 +52,40 @@ def inputs(images):
     return batch
 
 
+def different_inputs(rank):
+    """Other words and pictures for each rank; the second has fewer tokens and more of them are labels."""
+    batch = inputs(images=True)
+    batch["input_ids"][:, 5:] = (batch["input_ids"][:, 5:] + 7 * rank).clamp(max=63)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, -100)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["pixel_values"] = batch["pixel_values"] * (1 + rank)
+    if rank:
+        batch["attention_mask"][:, 9:] = 0
+        batch["labels"][:, 9:] = -100
+    else:
+        batch["labels"][:, :12] = -100
+    return batch
+
+
+def model_of_means():
+    """A model with the router losses that are means over tokens alone."""
+    model = model_with_heavy_router_losses(**OPTIONS).eval()
+    for part in (model.config.vision_config, model.config.connector_config, model.config.text_config):
+        part.router_aux_loss_coef, part.router_global_entropy_coef = 0.0, 0.0
+    return model
+
+
 def gradients(model):
     return {name.removeprefix("module."): parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def backward_as_trainer(model, batch):
-    """Trainer counts labels over all ranks, and multiplies the loss by their number because DDP averages."""
-    count = (batch["labels"][:, 1:] != -100).sum()
-    dist.all_reduce(count)
-    (model(**batch, num_items_in_batch=count).loss * RANKS).backward()
+    """Trainer counts over all ranks, and multiplies the loss by their number because DDP averages."""
+    labels = (batch["labels"][:, 1:] != -100).sum()
+    tokens = count_tokens(batch["input_ids"], IMAGE_TOKEN, batch.get("attention_mask"))
+    dist.all_reduce(labels)
+    dist.all_reduce(tokens)
+    (model(**batch, num_items_in_batch=labels, num_tokens_in_batch=tokens).loss * RANKS).backward()
 
 
 def routers(model):
@@ -103,6 +129,10 @@ def worker(rank, folder):
     if rank == 0:
         torch.save(gradients(model), f"{folder}/ddp-options.pt")
     torch.save(balance_by_bias(model, rank), f"{folder}/bias-{rank}.pt")
+    model = DistributedDataParallel(model_of_means())
+    backward_as_trainer(model, different_inputs(rank))
+    if rank == 0:
+        torch.save(gradients(model), f"{folder}/ddp-different.pt")
     model = DistributedDataParallel(model_with_heavy_router_losses().train())
     for _ in range(2):
         backward_as_trainer(model, inputs(images=rank == 0))
@@ -137,6 +167,16 @@ def test_two_ranks_with_identical_data_change_no_gradient(results, name, options
     for name, expected in gradients(model).items():
         ratio = (found[name].norm() / expected.norm()).item() if expected.norm() else 1.0
         assert ratio == pytest.approx(1.0, abs=1e-5), name
+
+
+def test_two_ranks_with_different_data_learn_what_one_learns_of_all(results):
+    model, both = model_of_means(), [different_inputs(rank) for rank in range(RANKS)]
+    model(**{name: torch.cat([batch[name] for batch in both]) for name in both[0]}).loss.backward()
+    found = torch.load(results / "ddp-different.pt")
+    for name, expected in gradients(model).items():
+        # A bias of keys moves no attention weight: its gradient is rounding alone.
+        difference = (found[name] - expected).norm() / expected.norm().clamp(min=1e-4)
+        assert difference.item() < 1e-5, (name, difference)
 
 
 def test_the_bias_moves_and_agrees_bit_for_bit_across_ranks(results):

@@ -175,7 +175,6 @@ def test_entropy_losses_pull_tokens_to_decide_and_a_modality_to_spread():
 
 HEAVY = {
     "router_aux_loss_coef": 10.0,
-    "router_aux_loss_per_modality": True,
     "router_z_loss_coef": 1.0,
     "router_local_entropy_coef": 5.0,
     "router_global_entropy_coef": 5.0,
@@ -190,7 +189,7 @@ LOSSY = {
 
 def heavy_model(name):
     """A model whose router losses make the larger part of the routers' gradients."""
-    return model_of(vision=HEAVY, connector=HEAVY, **{**HEAVY, **LOSSY[name]})
+    return model_of(vision=HEAVY, connector=HEAVY, router_aux_loss_per_modality=True, **{**HEAVY, **LOSSY[name]})
 
 
 def assert_router_ratios_of_one(found, expected):

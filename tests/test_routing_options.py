@@ -5,11 +5,14 @@ Shapes: N tokens, D hidden, E experts, K experts per token, B batch, S sequence,
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_TOKEN, tiny_config
 from dumb_experts import output_and_gradients, swiglu
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig
 
 from moevlm.configuration_moevlm import MoeVlmTextConfig, MoeVlmVisionConfig
 from moevlm.experts_moevlm import MoeVlmSparseBlock
@@ -43,6 +46,8 @@ OPTIONS = {
     "modalities, groups": {"expert_modalities": ["shared", "image", "text", "shared"] * 2, "n_group": 2},
     "jitter": {"router_jitter_noise": 0.3},
     "shared expert": {"n_shared_experts": 1},
+    "shared expert, gated": {"n_shared_experts": 1, "shared_expert_gate": True},
+    "shared expert, gated and mixed": {"n_shared_experts": 1, "shared_expert_gate": True, "shared_expert_mix": 0.25},
     "shared expert, mixed": {"n_shared_experts": 2, "shared_expert_mix": 0.25},
     "capacity": {"expert_capacity_factor": 0.6},
     "capacity, batch priority": {"expert_capacity_factor": 0.6, "batch_priority_routing": True},
@@ -148,6 +153,8 @@ def dumb_block(block, config, tokens, image_mask, noise):
         if block.shared_expert is not None:
             shared, mix = block.shared_expert, config.shared_expert_mix
             always = swiglu(token, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+            if block.shared_expert_gate is not None:
+                always = always / (1 + torch.exp(-(block.shared_expert_gate.weight[0] @ token)))
             output = output + always if mix is None else (1 - mix) * output + mix * always
         outputs.append(output.unsqueeze(0))
     return torch.cat(outputs)
@@ -340,7 +347,37 @@ def test_a_config_changed_after_loading_counts(batch, tmp_path):
     torch.testing.assert_close(found.logits, expected.logits, **FLOAT32)
 
 
-@pytest.mark.parametrize("width", [0, 5, -1, 1.5, "2"])
+@pytest.mark.slow
+def test_the_dial_turns_with_a_static_cache_and_a_compiled_step_too(batch):
+    ids, pixels = batch["input_ids"][:1, :12], batch["pixel_values"][:1]
+    prompt = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+    options = {"do_sample": False, "max_new_tokens": 8, "num_experts_per_tok": 1}
+    expected = with_width(1).generate(**prompt, do_sample=False, max_new_tokens=8)
+    assert torch.equal(with_width(2).generate(**prompt, **options, cache_implementation="static"), expected)
+    torch.compiler.reset()
+    config = CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True
+    model = with_width(2)
+    found = model.generate(**prompt, **options, cache_implementation="static", compile_config=config)
+    assert torch.equal(found, expected)
+    again = model.generate(**prompt, **{**options, "num_experts_per_tok": 3}, cache_implementation="static")
+    assert torch.equal(again, with_width(3).generate(**prompt, do_sample=False, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, int])
+def test_the_dial_takes_whole_numbers_of_numpy(tiny, batch, kind):
+    assert torch.equal(tiny(**batch, num_experts_per_tok=kind(3)).logits, tiny(**batch, num_experts_per_tok=3).logits)
+
+
+def test_a_part_with_fewer_experts_bounds_the_dial_of_a_call_and_is_named(batch):
+    model = model_of(num_experts=6)
+    with pytest.raises(ValueError, match="num_experts_per_tok=5 must .* from 1 to 4: .* moevlm_vision"):
+        model(**batch, num_experts_per_tok=5)
+    model.config.text_config.num_experts_per_tok = 5
+    assert model(**batch, output_router_logits=True).router_indices[-1].shape[1] == 5
+
+
+@pytest.mark.parametrize("width", [0, 5, -1, 1.5, "2", True, np.float64(2)])
 def test_a_dial_outside_the_experts_is_refused_by_name(tiny, batch, width):
     with pytest.raises(ValueError, match=r"num_experts_per_tok=.* must be a whole number from 1 to 4"):
         tiny(**batch, num_experts_per_tok=width)
@@ -454,6 +491,26 @@ def test_one_step_of_the_bias_by_hand():
     gate.update_bias(torch.tensor([9, 1, 1, 1]), 0.1)  # -1 + 3 steps, so the mean moved by 0.05 and is taken back
     torch.testing.assert_close(gate.e_score_correction_bias, torch.tensor([-0.25, 0.15, 0.05, 0.05]))
     torch.testing.assert_close(gate.e_score_correction_bias.mean(), torch.tensor(0.0))
+
+
+class NoFloat64(TorchDispatchMode):
+    """As MPS: a tensor in float64 is an error."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_bias_moves_exactly_and_without_float64(dtype):
+    gate = router(num_experts=4, use_router_bias=True)
+    with NoFloat64():
+        # Beyond 2^24, where a float32 mean would not tell one visit.
+        counts = torch.tensor([2**24, 2**24 - 1, 2**24 - 1, 2**24 - 2], dtype=dtype)
+        gate.update_bias(counts, 0.1)
+    torch.testing.assert_close(gate.e_score_correction_bias, torch.tensor([-0.1, 0.0, 0.0, 0.1]))
 
 
 def test_experts_are_compared_with_those_of_their_own_kind():
