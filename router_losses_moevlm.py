@@ -251,7 +251,7 @@ def router_losses(config, outputs, attention_mask=None, num_tokens_in_batch=None
         if part_config is config.text_config:
             shares = batch_shares(part.tokens[0], totals)
         else:
-            image_tokens = part.tokens.new_tensor([outputs.image_hidden_states.shape[:-1].numel()])  # (1,)
+            image_tokens = part.tokens.new_full((1,), outputs.image_hidden_states.shape[:-1].numel())
             shares = batch_shares(image_tokens, None if totals is None else totals[1:])
         weighted = weighted + weighted_sum(part, part_config, *shares)
         parts.append(part)

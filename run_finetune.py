@@ -23,6 +23,7 @@ from moevlm.checkpoints_moevlm import finish, starting_model, starting_point
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
 from moevlm.data_moevlm import load_mixture
 from moevlm.evaluation_moevlm import draw_samples, predict, samples_from, score
+from moevlm.kernels_moevlm import keep_freed_memory
 from moevlm.recipes_moevlm import parse
 from moevlm.reporting_moevlm import headlines, plot_run, run_numbers, table
 from moevlm.tasks_moevlm import draw
@@ -37,6 +38,8 @@ BLIND_SAMPLES = 1_000  # of each task: a floor needs no finer figure
 def main():
     model_args, data_args, args = read_arguments()
     checkpoint = starting_point(args)
+    if args.use_cpu:
+        keep_freed_memory()
     set_seed(args.seed)
     with args.main_process_first(desc="data"):
         records = read_records(data_args, args.seed)

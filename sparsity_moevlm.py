@@ -104,7 +104,8 @@ class SparseConfig(ExpertsConfig):
             `forward(num_experts_per_tok=...)` and `generate(num_experts_per_tok=...)`.
         moe_intermediate_size: F, width of one expert.
         norm_topk_prob: Whether the K weights are renormalised to sum to 1: `g_e = s_e / sum_kept s` (Mixtral,
-            arXiv:2401.04088, sec. 2.1), else `g_e = s_e`.
+            arXiv:2401.04088, sec. 2.1), else `g_e = s_e`. With K = 1 it makes the weight 1, and routers learn
+            nothing from the answers.
         scoring_func: "softmax", `s = softmax(l)` (Shazeer et al. 2017, arXiv:1701.06538, eq. 3), or "sigmoid",
             `s_e = sigmoid(l_e)`, so that experts do not compete for weight (DeepSeek-V3, arXiv:2412.19437, eq. 15).
         routed_scaling_factor: Factor on the weights (DeepSeek-V2, arXiv:2405.04434).

@@ -321,7 +321,8 @@ class MoeVlmTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if labels is not None and self.router_window.layers:
+        # Several GPUs in one process would split the two numbers like rows.
+        if labels is not None and self.router_window.layers and self.args.n_gpu <= 1:
             image_token = self.model.config.image_token_id
             own = sum(count_tokens(one["input_ids"], image_token, one.get("attention_mask")) for one in batches)  # (2,)
             # Given as labels, so that the library counts them over the same ranks.

@@ -262,6 +262,25 @@ def test_losses_that_are_means_over_tokens_are_exact_for_any_split_of_different_
     assert_router_ratios_of_one(found, expected)
 
 
+def test_the_balance_loss_of_different_micro_batches_nears_that_of_the_batch_as_they_grow():
+    # No bound is promised: these are the figures of docs/architecture.md.
+    tokens, weight = torch.randn(8192, 16), torch.randn(8, 16) * 0.5
+
+    def gradient(size):
+        total = torch.zeros_like(weight)
+        for part in tokens.split(size):
+            rows = weight.clone().requires_grad_()
+            logits = part @ rows.t()
+            balance = router_statistics([logits], [logits.topk(2).indices]).balance.sum()
+            total += torch.autograd.grad(balance * len(part) / len(tokens), rows)[0]
+        return total
+
+    whole, found = gradient(8192), [gradient(size) for size in (32, 128, 512)]
+    assert [(each.norm() / whole.norm()).item() for each in found] == pytest.approx([1.06, 1.01, 1.0], abs=0.02)
+    differences = [((each - whole).norm() / whole.norm()).item() for each in found]
+    assert differences == pytest.approx([0.27, 0.10, 0.04], abs=0.03)
+
+
 def test_shares_of_a_batch_by_hand():
     here, totals = torch.tensor([6.0, 2.0]), torch.tensor([12, 8])
     share, each = batch_shares(here, totals)

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from transformers import AutoProcessor, GPT2Config
 
 import run_finetune
@@ -46,8 +47,11 @@ def command(tmp_path, monkeypatch):
     def run(folder, flags):
         flags = f"{flags} --recipe {tmp_path}/recipe.yaml --output_dir {tmp_path}/{folder}"
         monkeypatch.setattr(sys, "argv", ["run_finetune.py", *flags.split()])
+        monkeypatch.setattr(run_finetune, "keep_freed_memory", lambda: run.kept.append(folder))
         run_finetune.main()
         return tmp_path / folder
+
+    run.kept = []
 
     return run
 
@@ -68,6 +72,7 @@ def test_a_run_from_scratch_and_one_with_lora_on_top_leave_all_they_promise(comm
             MoeVlmForConditionalGeneration.from_pretrained(output).num_parameters() == metrics["training"]["parameters"]
         )
         assert AutoProcessor.from_pretrained(output).image_seq_length == 16
+    assert command.kept == ([] if torch.accelerator.is_available() else ["first", "second"])
     assert (tmp_path / "second/adapter/adapter_model.safetensors").exists()
 
 
