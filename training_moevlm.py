@@ -327,7 +327,7 @@ class MoeVlmTrainer(Trainer):
             own = sum(count_tokens(one["input_ids"], image_token, one.get("attention_mask")) for one in batches)  # (2,)
             # Given as labels, so that the library counts them over the same ranks.
             each = [{"labels": torch.zeros(count), "shift_labels": torch.zeros(count)} for count in own.tolist()]
-            total = torch.stack([self._get_num_items_in_batch([labels], device) for labels in each]).long()
+            total = torch.stack([self._get_num_items_in_batch([one], device) for one in each]).long()
             for one in batches:
                 one["num_tokens_in_batch"] = total
         return batches, labels
