@@ -1,7 +1,8 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """From a sparse model to a smaller one: fewer experts a layer, or dense; what is kept is what the router used.
 
-Shapes: N tokens, D hidden, E experts, F expert width, I width of a dense layer, n experts that together fill it.
+Shapes: N tokens, D hidden, E experts, F expert width, I width of a dense layer, n experts that together fill it, C
+copies of n slices each, c of them kept.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from .configuration_moevlm import MoeVlmConfig
 from .routing_moevlm import MoeVlmRouter
+from .summary_moevlm import sparse_layers
 
 WAYS = ("drop", "merge")
-DECODER, TOWER = "model.language_model.", "model.vision_tower."
+DECODER, TOWER, CONNECTOR = "model.language_model.", "model.vision_tower.", "model.connector."
 # Stacked tensors of either form of experts; the width runs along dimension 1 but for down_proj.
 INTO, OUT, BIAS = ("gate_up_proj", "up_proj", "up_proj_bias"), "down_proj", "down_proj_bias"
 
@@ -26,7 +28,7 @@ class DowncycleArguments:
 
     model_name_or_path: str = field(metadata={"help": "Sparse checkpoint of ours."})
     output_dir: str = field(default="outputs/downcycled", metadata={"help": "Checkpoint and downcycling.json."})
-    to_experts: int = field(default=0, metadata={"help": "Experts that a decoder layer keeps; 0 makes all dense."})
+    to_experts: int = field(default=0, metadata={"help": "Experts that a decoder layer keeps; 0: no layer has any."})
     way: str = field(default="drop", metadata={"help": "drop, or merge: what becomes of the other experts."})
     data: str = field(default="configs/data/default.yaml", metadata={"help": "Mixture whose eval part is counted on."})
     max_samples: int = field(default=128, metadata={"help": "Records to count on."})
@@ -37,7 +39,7 @@ class DowncycleArguments:
         if self.way not in WAYS:
             raise ValueError(f"way={self.way!r} must be one of {', '.join(WAYS)}")
         if self.to_experts < 0:
-            raise ValueError(f"to_experts={self.to_experts} is negative; 0 makes all layers dense")
+            raise ValueError(f"to_experts={self.to_experts} is negative; 0 makes decoder and tower dense")
 
 
 @dataclass
@@ -105,59 +107,105 @@ def blocks_of(config: MoeVlmConfig) -> dict[str, Any]:
 
 def made_smaller(
     state: Mapping[str, Tensor], config: MoeVlmConfig, use: Mapping[str, Use], arguments: DowncycleArguments
-) -> tuple[dict[str, Tensor], MoeVlmConfig]:
-    """State dict and config with fewer experts, or without any, as the arguments say."""
+) -> tuple[dict[str, Tensor], MoeVlmConfig, list[str]]:
+    """State dict and config with fewer experts, or without any, as the arguments say; remarks on what stays.
+
+    Raises:
+        ValueError: There is nothing to make smaller; see also [`fewer_experts`] and [`collapsed`].
+    """
     if config.text_config.tie_word_embeddings:
         state = {key: tensor for key, tensor in state.items() if key != "lm_head.weight"}
-    if not blocks_of(config):
-        raise ValueError(f"model_name_or_path={arguments.model_name_or_path} has no sparse layer; it is dense already")
     if arguments.to_experts:
-        return fewer_experts(state, config, use, arguments.to_experts, arguments.way)
-    return collapsed(state, config, use)
+        state, smaller = fewer_experts(state, config, use, arguments.to_experts, arguments.way)
+    else:
+        state, smaller = collapsed(state, config, use)
+    before, after = sparse_layers(config), sparse_layers(smaller)
+    if after == before:
+        reason = "those of the connector have learned and have no dense form" if after else "it is dense already"
+        raise ValueError(f"model_name_or_path={arguments.model_name_or_path} has no experts to take away: {reason}")
+    others = [("tower", "vision."), ("connector", "connector")]
+    kept = [part for part, name in others if any(layer.startswith(name) for layer in after)]
+    return state, smaller, [f"the {part} keeps its experts" for part in kept]
+
+
+def slices_of(part: Any) -> int:
+    """n, the neighbouring experts that are the routed slices of one copy of a layer, as run_upcycle.py's fine_grained
+    mode makes them; 1 where each expert stands for itself.
+
+    That mode alone leaves a factor of n on weights of experts that fill a dense layer by n beside the shared ones.
+    """
+    slices = (part.intermediate_size // part.moe_intermediate_size) - part.n_shared_experts
+    exact = (slices + part.n_shared_experts) * part.moe_intermediate_size == part.intermediate_size
+    fits = exact and slices > 1 and part.num_experts % slices == 0
+    return slices if fits and part.routed_scaling_factor == slices else 1
 
 
 def fewer_experts(
     state: Mapping[str, Tensor], config: MoeVlmConfig, use: Mapping[str, Use], experts: int, way: str = "drop"
 ) -> tuple[dict[str, Tensor], MoeVlmConfig]:
-    """State dict and config with the `experts` most visited experts of each decoder layer.
+    """State dict and config with the `experts` most visited experts of each decoder layer; slices in whole copies.
 
     Args:
         use: Of [`count_use`], by name of the block.
         way: "drop" leaves the others out; "merge" adds each of them, weighed by visits, to the kept expert whose
-            router row points most nearly the same way.
+            router row points most nearly the same way; a copy's slices, each to the same slice of the kept copy.
 
     Raises:
-        ValueError: Too few experts to drop any, or experts that are bound to groups or modalities.
+        ValueError: Too few experts to drop any, a copy that would be cut, or experts that are bound to groups or
+            modalities.
 
     Source: merging by routing similarity and use: Li et al. 2023 (arXiv:2310.01334), sec. 3.2, without the alignment
     of hidden units, which copies of one layer do not need.
     """
     text = config.text_config
+    if "sparse" not in text.mlp_layer_types:
+        raise ValueError(
+            f"to_experts={experts} is for the decoder, which is dense; to_experts=0 takes the tower's away"
+        )
     if not 1 <= experts < text.num_experts:
         raise ValueError(f"to_experts={experts} must be at least 1 and below the {text.num_experts} there are")
     if text.n_group > 1 or text.expert_modalities:
         raise ValueError("experts of groups or modalities are not interchangeable; n_group 1 and no modalities only")
+    slices = slices_of(text)
+    if experts % slices:
+        raise ValueError(
+            f"to_experts={experts} is no multiple of the {slices} routed slices of which a copy of the layer is made; "
+            f"take one, such as {max(slices, experts // slices * slices)}"
+        )
     state = dict(state)
     for block, part in blocks_of(config).items():
         if part is not text:
             continue
-        visits, rows = use[block].visits, state[f"{block}gate.weight"].float()
-        kept = visits.argsort(descending=True, stable=True)[:experts].sort().values
-        shares = torch.zeros(experts, text.num_experts).double()  # of each old expert in each new one
-        shares[torch.arange(experts), kept] = visits[kept].clamp(min=1)
-        if way == "merge":
-            likeness = nn.functional.cosine_similarity(rows.unsqueeze(1), rows[kept].unsqueeze(0), dim=-1)
-            for old in set(range(text.num_experts)) - set(kept.tolist()):
-                shares[likeness[old].argmax(), old] = visits[old]
-        shares /= shares.sum(1, keepdim=True)
+        rows = state[f"{block}gate.weight"].float().unflatten(0, (-1, slices)).mean(1)  # (C, D)
+        kept, shares = shares_of(use[block].visits.unflatten(0, (-1, slices)), rows, experts // slices, way)
+        shares = torch.einsum("cos,st->csot", shares, torch.eye(slices).double())  # slice s of slices s alone
+        shares = shares.flatten(2).flatten(0, 1)  # (experts, E)
+        chosen = (kept.unsqueeze(1) * slices + torch.arange(slices)).flatten()  # (experts,)
         for key in [key for key in state if key.startswith(f"{block}experts.")]:
             state[key] = mixed(shares, state[key])
         for key in [key for key in state if key.startswith(f"{block}gate.")]:
-            state[key] = state[key][kept].clone()
+            state[key] = state[key][chosen].clone()
     fields = config.part_fields()
     top_k = min(text.num_experts_per_tok, experts)
     fields["text_config"] |= {"num_experts": experts, "num_experts_per_tok": top_k}
     return state, MoeVlmConfig(**fields, image_token_id=config.image_token_id)
+
+
+def shares_of(visits: Tensor, rows: Tensor, copies: int, way: str) -> tuple[Tensor, Tensor]:
+    """Which copies are kept, `(c,)`, and the share of each old copy in each of them, by slice, `(c, C, n)`.
+
+    Args:
+        visits: `(C, n)`.
+        rows: Router rows `(C, D)`.
+    """
+    kept = visits.sum(1).argsort(descending=True, stable=True)[:copies].sort().values
+    shares = torch.zeros(copies, *visits.shape).double()
+    shares[torch.arange(copies), kept] = visits[kept].clamp(min=1)
+    if way == "merge":
+        likeness = nn.functional.cosine_similarity(rows.unsqueeze(1), rows[kept].unsqueeze(0), dim=-1)  # (C, c)
+        for old in set(range(len(rows))) - set(kept.tolist()):
+            shares[likeness[old].argmax(), old] = visits[old]
+    return kept, shares / shares.sum(1, keepdim=True)
 
 
 def mixed(shares: Tensor, stacked: Tensor) -> Tensor:
@@ -175,6 +223,7 @@ def collapsed(
 ) -> tuple[dict[str, Tensor], MoeVlmConfig]:
     """State dict and config of the dense model that is nearest in weights: decoder and tower without experts.
 
+    The connector's go where they add nothing yet (a last matrix of zeros), and stay otherwise: they have no dense form.
     Experts of the dense layer's width become their mean, weighed by use. Narrower ones become the n slices that fill
     it beside the shared expert: slice s is the mean of the experts e with e mod n = s, scaled by the routing weight
     that they got together. That is the parent again where the experts are still those of run_upcycle.py.
@@ -190,6 +239,10 @@ def collapsed(
         part = fields[name]
         part |= {"mlp_layer_types": ["dense"] * part["num_hidden_layers"], "shared_expert_mix": None}
     fields["text_config"]["n_shared_experts"] = 0
+    block = f"{CONNECTOR}mlp."
+    if not any(tensor.any() for key, tensor in state.items() if key.startswith(block) and OUT in key):
+        state = {key: tensor for key, tensor in state.items() if not key.startswith((block, f"{CONNECTOR}norm."))}
+        fields["connector_config"]["num_experts"] = 0
     return state, MoeVlmConfig(**fields, image_token_id=config.image_token_id)
 
 

@@ -20,11 +20,11 @@ SPARSE_KEY = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer around these very values, without drawing any first."""
+    """A linear layer around these very values, without drawing any first; it learns where they do."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone())
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return layer
 
 
@@ -45,6 +45,7 @@ class UnpackedExpert(nn.Module):
 class UnpackedExperts(nn.ModuleList):
     """The experts of a sparse block as modules of linear layers; same call, same weights."""
 
+    @torch.enable_grad()  # without, a view of a parameter that learns says that it does not
     def __init__(self, packed: MoeVlmExperts | MoeVlmVisionExperts):
         act_fn = packed.act_fn
         if isinstance(packed, MoeVlmVisionExperts):
@@ -75,7 +76,7 @@ class UnpackedExperts(nn.ModuleList):
 def unpack_experts(model: nn.Module) -> nn.Module:
     """Replace all stacked experts by linear layers, in place: quantizers and other tools then find them.
 
-    Nothing is rounded: [`pack_experts`] gives back the same bits.
+    What is frozen stays frozen. Nothing is rounded: [`pack_experts`] gives back the same bits.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -97,6 +98,7 @@ def pack_experts(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.enable_grad()  # as above: a stack learns where one of its experts does
 def packed_again(experts: UnpackedExperts) -> nn.Module:
     for name, layer in experts.named_modules():
         if name.endswith("_proj") and type(layer) is not nn.Linear:
@@ -112,7 +114,7 @@ def packed_again(experts: UnpackedExperts) -> nn.Module:
         gate = torch.stack([expert.gate_proj.weight for expert in experts])
         tensors["gate_up_proj"] = torch.cat([gate, up], dim=1)  # (E, 2F, D)
     for name, tensor in tensors.items():
-        setattr(packed, name, nn.Parameter(tensor.detach()))
+        setattr(packed, name, nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad))
     return packed
 
 

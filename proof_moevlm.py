@@ -5,7 +5,8 @@ Shapes: B rows, S sequence, I pictures, P patches, V vocabulary, D hidden.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -147,8 +148,8 @@ def prove(
     """Run model and parents, in float32, on the same probe, and [`compare`] them.
 
     Args:
-        model: Is turned to float32 and put aside before a parent is loaded, but for its connector and a tower from
-            scratch: never more than one large model in memory beside the caller's reference.
+        model: Is turned to float32, and emptied before a parent is loaded, but for its connector: never more than one
+            large model is in memory. It cannot be used afterwards.
         parents: By role, with `config` and `family`.
         load: Gives the module of a parent and its role.
         feature_layer: Of the vision parent.
@@ -159,6 +160,8 @@ def prove(
     vocab_size = min(main.config.get_text_config().vocab_size, config.text_config.vocab_size)
     probe = probe_of(config, vocab_size, placeholder)
     ours, connector = outputs_of_model(model, probe), model.model.connector
+    model.model.connector = None
+    model.to("meta")
     if "whole" in parents:
         whole = rounded(load(main, "whole"), dtype)
         return compare(ours, outputs_of_whole(whole, probe, config.image_token_id))
@@ -193,18 +196,78 @@ def compare(ours: Outputs, parents: Outputs) -> dict[str, dict[str, float]]:
     return table
 
 
-def refuse_difference(proof: Mapping[str, Mapping[str, float]]) -> None:
-    """Raise unless every output is the parent's within float error.
+def refuse_difference(proof: Mapping[str, Mapping[str, float]], outputs: Iterable[str] = Outputs._fields) -> None:
+    """Raise unless these outputs, where the proof has them, are the parent's within float error.
 
     Raises:
         RuntimeError: A difference above [`BOUND`].
     """
-    for name, row in proof.items():
+    for name in proof.keys() & set(outputs):
+        row = proof[name]
         if not row["relative"] < BOUND:
             raise RuntimeError(
                 f"{name}: the upcycled model differs from its parent by {row['largest_difference']:.3g}, "
                 f"{row['relative']:.1e} of the scale, above {BOUND}; nothing was written"
             )
+
+
+def refuse_other_files(stored: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raise unless the files hold the model that is in memory: the same tensors, dtypes and values.
+
+    Args:
+        stored: The written checkpoint's tensors, read one at a time.
+        model: Before [`prove`], which turns it to float32.
+
+    Raises:
+        RuntimeError: A tensor that is missing, too many, or another.
+    """
+    state = model.state_dict()
+    if model.config.text_config.tie_word_embeddings:
+        del state["lm_head.weight"]  # written once, as the embeddings
+    written = set(stored)  # asking a mapping whether it holds a key would read the tensor
+    other = written ^ set(state)
+    for key in written & set(state):
+        saved, tensor = stored[key], state[key]
+        if saved.dtype != tensor.dtype or not torch.equal(saved, tensor):
+            other.add(key)
+    if other:
+        raise RuntimeError(
+            f"the written files differ from the model in {', '.join(sorted(other)[:8])}; nothing is kept"
+        )
+
+
+class Remembering(Mapping):
+    """Tensors, and the dtype of each that was read so far."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors, self.dtypes = tensors, {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self.tensors[key]
+        self.dtypes[key] = tensor.dtype
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def rounding(dtypes: Mapping[str, torch.dtype], fresh: Iterable[str], dtype: torch.dtype) -> list[str]:
+    """A remark for each dtype of the parents' tensors whose values `dtype` does not hold.
+
+    Args:
+        dtypes: Of the twin's tensors.
+        fresh: Keys of the twin that no parent fills.
+        dtype: Of the result.
+    """
+    counts = Counter(found for key, found in dtypes.items() if key not in fresh and found.is_floating_point)
+    return [
+        f"{count} tensors rounded from {str(found)[6:]} to {str(dtype)[6:]}"
+        for found, count in counts.items()
+        if torch.promote_types(found, dtype) != dtype
+    ]
 
 
 def account_for(

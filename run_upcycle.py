@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from transformers import AutoProcessor, logging
 
+from moevlm import proof_moevlm as proof
+from moevlm import upcycling_moevlm as upcycling
 from moevlm.checkpoints_moevlm import whole_folder
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
 from moevlm.configmaps_moevlm import dense_config
@@ -24,6 +26,7 @@ from moevlm.downcycling_moevlm import DowncycleArguments, count_use, made_smalle
 from moevlm.keymaps_moevlm import DECODER, DenseTwin, map_parents
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.parents_moevlm import (
+    Shards,
     Sources,
     load_parent,
     open_parents,
@@ -33,16 +36,14 @@ from moevlm.parents_moevlm import (
     read_tokenizer,
 )
 from moevlm.planning_moevlm import PlanArguments, plan, plan_table
-from moevlm.proof_moevlm import account_for, prove, refuse_difference, table_of
 from moevlm.recipes_moevlm import parse
-from moevlm.upcycling_moevlm import IDENTITY_MODES, Recipe, build, fresh_parts, shapes_of, sparse_config, sparsify
 
 
 @dataclass
 class UpcycleArguments(Sources):
     output_dir: str = field(default="outputs/upcycled", metadata={"help": "Checkpoint and upcycling.json go here."})
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id, where the parent has none."})
-    dtype: str | None = field(default=None, metadata={"help": "Of the new weights; the parent's if absent."})
+    dtype: str | None = field(default=None, metadata={"help": "Else the parent's.", "choices": upcycling.DTYPES})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest weight file."})
     skip_proof: bool = field(default=False, metadata={"help": "Do not compare with the parents."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
@@ -56,7 +57,7 @@ def main():
 
 
 def upcycle():
-    args, recipe = parse((UpcycleArguments, Recipe), sys.argv[1:])
+    args, recipe = parse((UpcycleArguments, upcycling.Recipe), sys.argv[1:])
     with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
         parents = open_parents(args.roles)
         main_parent = parents.get("whole") or parents["text"]
@@ -68,28 +69,35 @@ def upcycle():
             tied=main_parent.tied,
             **args.joint,
         )
-        sparse, remarks = sparse_config(dense, recipe)
-        shapes = shapes_of(dense)
+        sparse, remarks = upcycling.sparse_config(dense, recipe)
+        shapes = upcycling.shapes_of(dense)
         maps = map_parents(parents, shapes)
-        fresh = {} if "whole" in parents else fresh_parts(dense, "vision" not in maps, recipe.upcycle_seed)
-        twin = DenseTwin(shapes, [(parents[role].weights, keys) for role, keys in maps.items()], fresh)
+        fresh = {} if "whole" in parents else upcycling.fresh_parts(dense, "vision" not in maps, recipe.upcycle_seed)
+        twin = proof.Remembering(DenseTwin(shapes, [(parents[role].weights, maps[role]) for role in maps], fresh))
         dtype = getattr(torch, args.dtype) if args.dtype else twin[f"{DECODER}embed_tokens.weight"].dtype
-        model = build(sparsify(twin, dense, sparse, recipe, dtype), sparse, dtype)
+        model = upcycling.build(upcycling.sparsify(twin, dense, sparse, recipe, dtype), sparse, dtype)
         model.generation_config = read_generation_config(main_parent)
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         read_processor(parents, tokenizer, sparse).save_pretrained(folder)
+        proof.refuse_other_files(Shards(folder), model)
         report = {
             "parents": {role: {"source": parent.source, "family": parent.family} for role, parent in parents.items()},
             "recipe": asdict(recipe),
-            "keys": account_for(maps, shapes, shapes_of(sparse), fresh),
+            "dtype": str(dtype).removeprefix("torch."),
+            "keys": proof.account_for(maps, shapes, upcycling.shapes_of(sparse), fresh),
             "parameters": {"before": parameters(dense), "after": parameters(sparse)},
+            "notes": notes + remarks + proof.rounding(twin.dtypes, fresh, dtype),
+            "proof": {} if args.skip_proof else proof.prove(model, parents, load_parent, args.vision_feature_layer),
         }
-        report["proof"] = {} if args.skip_proof else prove(model, parents, load_parent, args.vision_feature_layer)
-        if recipe.mode in IDENTITY_MODES:
-            refuse_difference(report["proof"])
-        report["notes"] = notes + remarks + [note for parent in parents.values() for note in parent.notes]
+        proof.refuse_difference(report["proof"], upcycling.kept_outputs(dense, sparse, recipe))
+        if report["proof"] and recipe.mode not in upcycling.IDENTITY_MODES:
+            # Varied experts hide what went wrong before them; the twin has none.
+            model = upcycling.build(upcycling.sparsify(twin, dense, dense, recipe, dtype), dense, dtype)
+            report["proof_of_twin"] = proof.prove(model, parents, load_parent, args.vision_feature_layer)
+            proof.refuse_difference(report["proof_of_twin"])
+        report["notes"] += [note for parent in parents.values() for note in parent.notes]
         (folder / "upcycling.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"{table_of(report)}\n\nCheckpoint and upcycling.json: {args.output_dir}")
+    print(f"{proof.table_of(report)}\n\nCheckpoint and upcycling.json: {args.output_dir}")
 
 
 def downcycle():
@@ -99,26 +107,26 @@ def downcycle():
         processor = AutoProcessor.from_pretrained(args.model_name_or_path)
         batches = batches_of(args, processor)
         use, before = count_use(model, batches)
-        state, config = made_smaller(model.state_dict(), model.config, use, args)
-        smaller = build(state, config, model.dtype)
+        state, config, remarks = made_smaller(model.state_dict(), model.config, use, args)
+        smaller = upcycling.build(state, config, model.dtype)
         smaller.generation_config = model.generation_config
         smaller.save_pretrained(folder)
         processor.save_pretrained(folder)
         _, after = count_use(smaller, batches)
         visits = {name: layer.visits.int().tolist() for name, layer in use.items()}
         sizes = {"before": parameters(model.config), "after": parameters(config)}
-        report = {"loss": {"before": before, "after": after}, "parameters": sizes, "visits": visits}
+        report = {"loss": {"before": before, "after": after}, "parameters": sizes, "visits": visits, "notes": remarks}
         (folder / "downcycling.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"loss {before:.4f} -> {after:.4f}; parameters {sizes['before']['total']:,} -> {sizes['after']['total']:,}")
-    print(f"Checkpoint and downcycling.json: {args.output_dir}")
+    print("\n".join([*remarks, f"Checkpoint and downcycling.json: {args.output_dir}"]))
 
 
 def show_plan():
-    sources, recipe, arguments = parse((Sources, Recipe, PlanArguments), sys.argv[1:])
+    sources, recipe, arguments = parse((Sources, upcycling.Recipe, PlanArguments), sys.argv[1:])
     configs = read_configs(sources.roles)
     tied = getattr(configs.get("whole"), "tie_word_embeddings", False)
     dense, notes = dense_config(configs, vocab_size=0, image_token_id=0, tied=tied, **sources.joint)
-    config, remarks = sparse_config(dense, recipe)
+    config, remarks = upcycling.sparse_config(dense, recipe)
     print(plan_table(plan(config, arguments), arguments))
     print("\n".join(notes + remarks))
 

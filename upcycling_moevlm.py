@@ -21,6 +21,7 @@ MODES = ("copy", "noise", "drop", "fine_grained")
 IDENTITY_MODES = ("copy", "fine_grained")
 PARTS = ("decoder", "connector", "tower")
 GATES = ("normal", "orthogonal")
+DTYPES = ("float32", "bfloat16", "float16")
 ROUTER_BIAS = "e_score_correction_bias"
 TOWER, CONNECTOR, DECODER = "model.vision_tower.", "model.connector.", "model.language_model."
 
@@ -30,7 +31,7 @@ class Recipe:
     """Where experts go, and what they are made of."""
 
     num_experts: int | None = field(
-        default=None, metadata={"help": "E of each sparse layer; 8, or a sparse parent's; 0 keeps all dense."}
+        default=None, metadata={"help": "E of each sparse layer; 8, or a sparse parent's; 0 adds no experts."}
     )
     num_experts_per_tok: int | None = field(default=None, metadata={"help": "K; 2, or a sparse parent's."})
     parts: list[str] = field(
@@ -116,10 +117,13 @@ def sparse_config(dense: MoeVlmConfig, recipe: Recipe) -> tuple[MoeVlmConfig, li
     parts, notes = dense.part_fields(), []
     text, vision = parts["text_config"], parts["vision_config"]
     if "sparse" in text["mlp_layer_types"]:
-        adopted = {name: text[name] for name in ("num_experts", "num_experts_per_tok")}
-        for name, value in adopted.items():
-            if getattr(recipe, name) not in (None, value):
-                raise ValueError(f"{name}={getattr(recipe, name)}, but the parent's decoder is sparse with {value}")
+        # With 0 the recipe asks for no experts of its own, and the parent's stay.
+        for name in ("num_experts", "num_experts_per_tok") if recipe.num_experts != 0 else ():
+            if "decoder" in recipe.parts and getattr(recipe, name) not in (None, text[name]):
+                raise ValueError(
+                    f"{name}={getattr(recipe, name)}, but the parent's decoder is sparse with {text[name]}; leave it "
+                    "out to adopt the parent's experts"
+                )
         notes.append(f"the decoder's experts are the parent's own ({text['num_experts']}), adopted as they are")
     elif "decoder" in recipe.parts and recipe.num_experts != 0:
         text |= {"mlp_layer_types": layer_types_from(recipe.layers, dense.text_config.num_hidden_layers)}
@@ -131,6 +135,8 @@ def sparse_config(dense: MoeVlmConfig, recipe: Recipe) -> tuple[MoeVlmConfig, li
         # A dense layer of the tower has no gate that a slice could share: its slices are all routed.
         vision |= experts_of(recipe, dense.vision_config.intermediate_size, 0) | {"expert_form": "mlp"}
     if "connector" in recipe.parts and recipe.num_experts != 0:
+        if parts["connector_config"]["num_experts"]:
+            raise ValueError("parts names the connector, but the parent's connector has experts already; leave it out")
         width = dense.text_config.hidden_size
         parts["connector_config"] |= experts_of(replace(recipe, mode="copy", n_shared_experts=0), width, 0)
     return MoeVlmConfig(**parts, image_token_id=dense.image_token_id), notes
@@ -179,6 +185,16 @@ def new_blocks(dense: MoeVlmConfig, sparse: MoeVlmConfig) -> Iterator[Block]:
                 yield Block(f"{name}layers.{i}.mlp.", part)
     if sparse.connector_config.num_experts and not dense.connector_config.num_experts:
         yield Block(f"{CONNECTOR}mlp.", "connector")
+
+
+def kept_outputs(dense: MoeVlmConfig, sparse: MoeVlmConfig, recipe: Recipe) -> set[str]:
+    """Names of the outputs of a proof that the recipe leaves the parent's: those without a varied layer before them.
+
+    New experts of the connector add nothing in any mode.
+    """
+    parts = set() if recipe.mode in IDENTITY_MODES else {block.part for block in new_blocks(dense, sparse)}
+    touched = {"decoder": {"text", "pictures"}, "tower": {"tower", "pictures"}, "connector": set()}
+    return {"text", "pictures", "tower"} - set().union(*(touched[part] for part in parts))
 
 
 def shapes_of(config: MoeVlmConfig) -> dict[str, Size]:
@@ -263,7 +279,8 @@ def gate_rows(config: MoeVlmConfig, part: str, recipe: Recipe, generator: torch.
     repeats = int(fields.routed_scaling_factor)
     rows = torch.empty(fields.num_experts // repeats, fields.hidden_size)
     if recipe.gate == "orthogonal":
-        nn.init.orthogonal_(rows, gain=recipe.gate_std * rows.shape[1] ** 0.5, generator=generator)
+        # Where rows are more than D, the columns are orthogonal; either way the longer side gives the gain.
+        nn.init.orthogonal_(rows, gain=recipe.gate_std * max(rows.shape) ** 0.5, generator=generator)
     else:
         nn.init.normal_(rows, std=recipe.gate_std, generator=generator)
     return rows.repeat_interleave(repeats, dim=0)
@@ -277,8 +294,9 @@ def experts_from(
     experts, shared = fields.num_experts, fields.n_shared_experts
     if recipe.mode == "fine_grained":
         made = [sliced(layer, shared + e % (recipe.granularity - shared), recipe.granularity) for e in range(experts)]
-        if layer.bias is not None:  # the slices' weights sum to their number
-            made = [slice_._replace(bias=layer.bias / fields.routed_scaling_factor) for slice_ in made]
+        if layer.bias is not None:
+            shares = binary_shares(recipe.granularity) * (experts // recipe.granularity)
+            made = [slice_._replace(bias=layer.bias * share) for slice_, share in zip(made, shares)]
         always = [sliced(layer, i, recipe.granularity) for i in range(shared)]
     else:
         made = [varied(layer, recipe, generator) for _ in range(experts)]
@@ -299,6 +317,12 @@ def sliced(layer: FeedForward, index: int, slices: int) -> FeedForward:
     width = layer.width // slices
     units = slice(index * width, (index + 1) * width)
     return FeedForward(tuple(tensor[units] for tensor in layer.into), layer.out[:, units], layer.bias)
+
+
+def binary_shares(count: int) -> list[float]:
+    """Powers of two that sum to 1: a bias shared out by them is rounded in no dtype, as thirds of it would be."""
+    level = 1 << (count.bit_length() - 1)  # the largest power of two up to count
+    return [1 / level] * (2 * level - count) + [0.5 / level] * (2 * (count - level))
 
 
 def varied(layer: FeedForward, recipe: Recipe, generator: torch.Generator) -> FeedForward:

@@ -18,12 +18,13 @@ from tiny_parents import SQUARE, TEXT
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, HfArgumentParser
 
 import run_upcycle
-from moevlm import parents_moevlm
+from moevlm import parents_moevlm, proof_moevlm
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.parents_moevlm import Shards, open_parent, read_tokenizer
 from moevlm.processing_moevlm import train_tokenizer
 from moevlm.recipes_moevlm import read_recipe
 from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainingArguments
+from moevlm.upcycling_moevlm import Recipe
 
 needs_gguf = pytest.mark.skipif(not find_spec("gguf"), reason="needs the package gguf of requirements-dev.txt")
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,7 +231,7 @@ def test_a_failing_run_leaves_what_was_there(made, parents, command, monkeypatch
     words = ("--text", parents / "text", "--vision", parents / "vision")
     with pytest.raises(FileExistsError, match="--overwrite_output_dir"):
         command(*words)
-    monkeypatch.setattr(run_upcycle, "prove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run_upcycle.proof, "prove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         command(*words, "--overwrite_output_dir")
     assert {path.name: path.read_bytes() for path in made.iterdir()} == before
@@ -239,7 +240,7 @@ def test_a_failing_run_leaves_what_was_there(made, parents, command, monkeypatch
 
 def test_a_model_that_is_not_its_parent_is_not_written(parents, command, monkeypatch, tmp_path):
     worse = {"text": {"largest_difference": 0.5, "scale": 1.0, "relative": 0.5}}
-    monkeypatch.setattr(run_upcycle, "prove", lambda *_: worse)
+    monkeypatch.setattr(run_upcycle.proof, "prove", lambda *_: worse)
     with pytest.raises(RuntimeError, match=r"differs from its parent by 0\.5"):
         command("--text", parents / "text", "--vision", parents / "vision")
     assert not (tmp_path / "made").exists()
@@ -251,6 +252,134 @@ def test_noise_is_written_with_its_difference(parents, command):
     assert report["proof"]["text"]["relative"] > 1e-4
     assert report["proof"]["tower"]["relative"] < 1e-5
     assert report["recipe"]["mode"] == "noise"
+
+
+def swapped(monkeypatch, first, second):
+    """A key map that is wrong in two tensors."""
+    map_parents = run_upcycle.map_parents
+
+    def wrong(*arguments):
+        maps = map_parents(*arguments)
+        for keys in maps.values():
+            if first in keys.pieces:
+                keys.pieces[first], keys.pieces[second] = keys.pieces[second], keys.pieces[first]
+        return maps
+
+    monkeypatch.setattr(run_upcycle, "map_parents", wrong)
+
+
+@pytest.mark.parametrize("mode", ["copy", "noise", "drop"])
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_a_wrong_key_map_passes_in_no_mode(parents, command, monkeypatch, tmp_path, mode, part):
+    layers = f"model.{part}.layers"
+    swapped(monkeypatch, f"{layers}.0.self_attn.q_proj.weight", f"{layers}.1.self_attn.q_proj.weight")
+    with pytest.raises(RuntimeError, match="differs from its parent"):
+        command("--text", parents / "text", "--vision", parents / "vision", "--mode", mode)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.fixture
+def sparse_text(parents, tmp_path):
+    """A text parent with experts and a gate that chooses, as a large one's."""
+    torch.manual_seed(0)
+    numbers = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**TEXT, **numbers, norm_topk_prob=True))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "sparse")
+    AutoTokenizer.from_pretrained(parents / "text").save_pretrained(tmp_path / "sparse")
+    return tmp_path / "sparse"
+
+
+@pytest.mark.parametrize("numbers", [(), ("--num_experts", 0), ("--num_experts", 4, "--num_experts_per_tok", 2)])
+def test_a_sparse_parent_is_adopted_with_proof_whatever_the_mode(sparse_text, parents, command, numbers):
+    made = command("--text", sparse_text, "--vision", parents / "vision", *numbers, "--mode", "noise")
+    report = json.loads((made / "upcycling.json").read_text())
+    assert all(row["relative"] < 1e-4 for row in report["proof"].values())
+    assert any("adopted as they are" in note for note in report["notes"])
+
+
+def test_a_wrong_map_of_adopted_experts_does_not_pass(sparse_text, parents, command, monkeypatch):
+    experts = "mlp.experts.down_proj"
+    swapped(monkeypatch, f"model.language_model.layers.0.{experts}", f"model.language_model.layers.1.{experts}")
+    with pytest.raises(RuntimeError, match="differs from its parent"):
+        command("--text", sparse_text, "--vision", parents / "vision", "--mode", "noise")
+
+
+def test_written_files_that_are_not_the_model_are_refused(parents, command, monkeypatch, tmp_path):
+    class Worse(Shards):
+        def __getitem__(self, key):
+            tensor = super().__getitem__(key)
+            return tensor * (1 + 1e-7) if key.endswith("layers.1.self_attn.v_proj.weight") else tensor
+
+    monkeypatch.setattr(run_upcycle, "Shards", Worse)
+    with pytest.raises(RuntimeError, match="the written files differ from the model in model.*v_proj.weight"):
+        command("--text", parents / "text", "--vision", parents / "vision")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor.bfloat16(), lambda tensor: tensor[:-1], None])
+def test_files_with_another_dtype_shape_or_set_of_tensors_are_refused(made, change):
+    model = MoeVlmForConditionalGeneration.from_pretrained(made)
+    stored = dict(Shards(made))
+    proof_moevlm.refuse_other_files(stored, model)
+    key = "model.connector.projector.0.weight"
+    if change is None:
+        del stored[key]
+    else:
+        stored[key] = change(stored[key])
+    with pytest.raises(RuntimeError, match=key):
+        proof_moevlm.refuse_other_files(stored, model)
+
+
+def test_the_model_is_out_of_memory_before_a_parent_is_loaded(parents, command, monkeypatch):
+    models, loaded = [], []
+    build, load = run_upcycle.upcycling.build, run_upcycle.load_parent
+    monkeypatch.setattr(run_upcycle.upcycling, "build", lambda *words: models.append(build(*words)) or models[-1])
+
+    def spy(parent, role):
+        loaded.append(role)
+        assert {tensor.device.type for tensor in (*models[-1].parameters(), *models[-1].buffers())} == {"meta"}
+        return load(parent, role)
+
+    monkeypatch.setattr(run_upcycle, "load_parent", spy)
+    command("--text", parents / "text", "--vision", parents / "vision", "--mode", "noise")
+    assert loaded == ["vision", "text"] * 2 and len(models) == 2
+
+
+def test_the_report_says_the_dtype_and_what_was_rounded_to_it(parents, command):
+    words = ("--text", parents / "text", "--vision", parents / "vision", "--overwrite_output_dir", "--skip_proof")
+    plain = json.loads((command(*words) / "upcycling.json").read_text())
+    assert plain["dtype"] == "float32" and not any("rounded" in note for note in plain["notes"])
+    half = json.loads((command(*words, "--dtype", "bfloat16") / "upcycling.json").read_text())
+    twin = len(half["keys"]["text"]["used"]) + len(half["keys"]["vision"]["used"])
+    assert half["dtype"] == "bfloat16" and f"{twin} tensors rounded from float32 to bfloat16" in half["notes"]
+    model = AutoModelForCausalLM.from_pretrained(parents / "text", dtype=torch.bfloat16)
+    model.save_pretrained(parents / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (parents / "half" / name).write_bytes((parents / "text" / name).read_bytes())
+    mixed = json.loads((command("--text", parents / "half", *words[2:]) / "upcycling.json").read_text())
+    vision = len(mixed["keys"]["vision"]["used"])
+    assert mixed["dtype"] == "bfloat16" and f"{vision} tensors rounded from float32 to bfloat16" in mixed["notes"]
+
+
+def test_thirds_of_the_tower_pass_the_proof_in_half_precision(parents, command, tmp_path):
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SQUARE))
+    for name, parameter in tower.named_parameters():
+        if name.endswith("fc2.bias"):
+            parameter.data.normal_()
+    tower.save_pretrained(tmp_path / "tower")
+    words = ("--mode", "fine_grained", "--granularity", 3, "--num_experts", 6, "--num_experts_per_tok", 3)
+    words += ("--parts", "tower", "--dtype", "bfloat16")
+    made = command("--text", parents / "text", "--vision", tmp_path / "tower", *words)
+    assert json.loads((made / "upcycling.json").read_text())["proof"]["tower"]["relative"] < 1e-5
+
+
+def test_an_unknown_dtype_is_named_with_its_choices(parents, command, capsys):
+    with pytest.raises(SystemExit):
+        command("--text", parents / "text", "--vision", parents / "vision", "--dtype", "foo")
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("--dtype", "foo", "float32", "bfloat16", "float16"))
 
 
 def test_parameters_before_and_after_are_those_of_the_models(made, parents):
@@ -486,7 +615,7 @@ RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_is_one_of_a_command(path):
     groups = {
-        "upcycle": (run_upcycle.UpcycleArguments, run_upcycle.Recipe),
+        "upcycle": (run_upcycle.UpcycleArguments, Recipe),
         "finetune": (ModelArguments, DataArguments, MoeVlmTrainingArguments),
     }
     fitting = []

@@ -17,8 +17,10 @@ from moevlm.planning_moevlm import PlanArguments, plan
 from moevlm.upcycling_moevlm import (
     FeedForward,
     Recipe,
+    binary_shares,
     build,
     fresh_parts,
+    kept_outputs,
     shapes_of,
     sliced,
     sparse_config,
@@ -78,6 +80,7 @@ PARTS = ["decoder", "connector", "tower"]
         {"mode": "fine_grained", "num_experts": 9, "num_experts_per_tok": 3},
         {"mode": "fine_grained", "num_experts": 6, "num_experts_per_tok": 6},
         {"mode": "fine_grained", "num_experts": 8, "num_experts_per_tok": 4, "n_shared_experts": 0, "parts": PARTS},
+        {"mode": "fine_grained", "granularity": 3, "num_experts": 6, "num_experts_per_tok": 3, "parts": ["tower"]},
     ],
 )
 def test_identity_modes_change_nothing(recipe, tied, inputs):
@@ -130,6 +133,103 @@ def test_slices_sum_to_the_layer():
 
     layer = FeedForward((gate, up), down, None)
     torch.testing.assert_close(sum(run(sliced(layer, i, 3)) for i in range(3)), run(layer))
+
+
+def test_shares_of_a_bias_are_powers_of_two_that_sum_to_one():
+    for count in range(1, 40):
+        shares = binary_shares(count)
+        assert len(shares) == count and sum(shares) == 1
+        assert all(torch.tensor(share).log2() % 1 == 0 for share in shares)
+
+
+def test_slices_of_the_tower_keep_its_bias_in_half_precision_to_the_bit():
+    dense = dense_model()
+    recipe = Recipe(parts=["tower"], mode="fine_grained", granularity=3, num_experts=6, num_experts_per_tok=3)
+    config, _ = sparse_config(dense.config, recipe)
+    key = "model.vision_tower.layers.1.mlp."
+    source = state_of(dense)
+    source[f"{key}fc2.bias"].normal_()
+    made = sparsify(source, dense.config, config, recipe, torch.bfloat16)[f"{key}experts.down_proj_bias"]
+    wanted = source[f"{key}fc2.bias"].bfloat16().double()
+    assert all(torch.equal(copy.double().sum(0), wanted) for copy in made.split(3))
+
+
+@pytest.mark.parametrize(("mode", "repeats"), [("copy", 1), ("fine_grained", 3)])
+def test_slices_of_a_copy_share_a_row_and_the_others_do_not(mode, repeats):
+    model = upcycled(dense_model(), mode=mode, num_experts=6, num_experts_per_tok=3)
+    rows = model.state_dict()["model.language_model.layers.0.mlp.gate.weight"]
+    for start in range(0, 6, repeats):
+        assert all(torch.equal(rows[start], row) for row in rows[start : start + repeats])
+        assert not any(torch.equal(rows[start], row) for row in rows[start + repeats :])
+
+
+@pytest.mark.parametrize("experts", [8, 40])  # fewer and more rows than the 32 entries of each
+def test_orthogonal_rows_of_a_gate_have_the_size_asked_for(experts):
+    model = upcycled(dense_model(), gate="orthogonal", gate_std=0.05, num_experts=experts)
+    rows = model.state_dict()["model.language_model.layers.0.mlp.gate.weight"]
+    assert rows.square().mean().sqrt() == pytest.approx(0.05, rel=1e-5)
+    products = rows @ rows.t() if experts < 32 else rows.t() @ rows
+    torch.testing.assert_close(products, products.diagonal().mean() * torch.eye(len(products)), rtol=0, atol=1e-6)
+
+
+def test_rows_of_a_normal_gate_have_the_size_asked_for():
+    model = upcycled(dense_model(), gate_std=0.05, num_experts=40)
+    rows = model.state_dict()["model.language_model.layers.0.mlp.gate.weight"]
+    assert rows.square().mean().sqrt() == pytest.approx(0.05, rel=0.1)  # 1,280 draws: 2 % in the mean
+
+
+def test_noise_is_a_share_of_each_matrix_own_deviation():
+    layer = FeedForward((torch.randn(400, 50), torch.randn(400, 50) * 5), torch.randn(50, 400) / 7, None)
+    expert = varied(layer, Recipe(mode="noise", noise=0.03), torch.Generator().manual_seed(0))
+    for new, old in zip((*expert.into, expert.out), (*layer.into, layer.out)):
+        assert (new - old).std().item() == pytest.approx(
+            0.03 * old.std().item(), rel=0.03
+        )  # 20,000 draws: 0.5 % in the mean
+        assert abs((new - old).mean()) < 5 * 0.03 * old.std() / 20_000**0.5
+
+
+def sparse_parent(**text):
+    """A model whose decoder has experts, as one of a Mixtral or a Qwen3-MoE."""
+    return dense_model(moe_layers="all", **text)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"num_experts": 0}, {"num_experts": 4, "num_experts_per_tok": 2}])
+def test_experts_of_a_parent_are_adopted(numbers, inputs):
+    parent = sparse_parent()
+    recipe = Recipe(mode="noise", **numbers)
+    config, notes = sparse_config(parent.config, recipe)
+    assert config.text_config.num_experts == 4 and "adopted as they are" in notes[0]
+    assert difference(upcycled(parent, mode="noise", **numbers), parent, inputs) == 0
+    assert kept_outputs(parent.config, config, recipe) == {"text", "pictures", "tower"}
+
+
+def test_experts_of_a_parent_leave_other_parts_their_own_number():
+    config, _ = sparse_config(sparse_parent().config, Recipe(parts=["tower", "connector"], num_experts=6))
+    assert (config.text_config.num_experts, config.vision_config.num_experts) == (4, 6)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"num_experts": 3}])
+@pytest.mark.parametrize("part", ["tower", "connector"])
+def test_a_part_with_experts_gets_no_others(part, numbers):
+    parent = upcycled(dense_model(), parts=[part], num_experts=8, num_experts_per_tok=1)
+    with pytest.raises(ValueError, match=f"the parent's {part} has experts already"):
+        sparse_config(parent.config, Recipe(parts=["decoder", part], **numbers))
+    assert sparse_config(parent.config, Recipe(**numbers))[0].text_config.num_experts == numbers.get("num_experts", 8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kept"),
+    [
+        ({"mode": "copy", "parts": PARTS}, {"text", "pictures", "tower"}),
+        ({"mode": "noise"}, {"tower"}),
+        ({"mode": "noise", "parts": ["connector"]}, {"text", "pictures", "tower"}),
+        ({"mode": "drop", "parts": ["tower"]}, {"text"}),
+        ({"mode": "drop", "parts": PARTS}, set()),
+    ],
+)
+def test_outputs_before_every_varied_layer_are_the_parents(recipe, kept):
+    config, recipe = dense_model().config, Recipe(**recipe)
+    assert kept_outputs(config, sparse_config(config, recipe)[0], recipe) == kept
 
 
 @pytest.mark.parametrize(
@@ -188,13 +288,15 @@ def test_fresh_parts_are_the_same_for_a_seed():
 def smaller(model, batches, **arguments):
     use, _ = count_use(model, batches)
     arguments = DowncycleArguments(model_name_or_path="model", **arguments)
-    return build(*made_smaller(model.state_dict(), model.config, use, arguments), torch.float32)
+    state, config, _ = made_smaller(model.state_dict(), model.config, use, arguments)
+    return build(state, config, torch.float32)
 
 
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"parts": ["decoder", "tower"]},
+        {"parts": PARTS},
+        {"parts": ["connector"]},
         {"n_shared_experts": 1},
         {"mode": "fine_grained", "num_experts": 9, "num_experts_per_tok": 3},
         {
@@ -202,8 +304,9 @@ def smaller(model, batches, **arguments):
             "num_experts": 8,
             "num_experts_per_tok": 4,
             "n_shared_experts": 0,
-            "parts": PARTS[::2],
+            "parts": PARTS,
         },
+        {"mode": "fine_grained", "granularity": 3, "num_experts": 6, "num_experts_per_tok": 6, "parts": ["tower"]},
     ],
 )
 def test_collapsing_an_untrained_model_gives_the_parent_back(recipe, batch, inputs):
@@ -220,6 +323,76 @@ def test_fewer_copies_are_still_the_parent(way, batch, inputs):
     fewer = smaller(model, [batch], to_experts=2, way=way)
     assert fewer.config.text_config.num_experts == 2
     assert difference(fewer, dense, inputs) < 1e-5
+
+
+SLICES = {"mode": "fine_grained", "num_experts": 9, "num_experts_per_tok": 3}  # three copies of three routed slices
+
+
+@pytest.mark.parametrize("way", ["drop", "merge"])
+@pytest.mark.parametrize("drift", [0.0, 0.02])  # in training the router rows of a copy's slices part
+def test_fewer_slices_are_whole_copies_of_like_slices(way, drift, batch, inputs):
+    dense = dense_model()
+    model = upcycled(dense, **SLICES)
+    for name, parameter in model.named_parameters():
+        if ".gate." in name:
+            parameter.data += drift * torch.randn_like(parameter)
+    fewer = smaller(model, [batch], to_experts=3, way=way)  # one copy, of which each token visits all
+    assert fewer.config.text_config.num_experts == 3
+    block = "model.language_model.layers.0.mlp.experts."
+    for name in ("gate_up_proj", "down_proj"):
+        torch.testing.assert_close(fewer.state_dict()[block + name], model.state_dict()[block + name][:3])
+    assert difference(fewer, dense, inputs) < (1e-5 if drift == 0 else 0.2)
+
+
+def test_the_copy_of_most_visits_is_kept_whole(batch):
+    model = upcycled(dense_model(), **SLICES, moe_layers=["1"])
+    use, _ = count_use(model, [batch])
+    block = "model.language_model.layers.1.mlp."
+    use[block].visits = torch.tensor([0.0, 9, 9, 7, 7, 7, 20, 0, 0]).double()  # slice 6 alone is the most visited one
+    arguments = DowncycleArguments(model_name_or_path="model", to_experts=6)
+    state, _, _ = made_smaller(model.state_dict(), model.config, use, arguments)
+    assert torch.equal(state[f"{block}gate.weight"], model.state_dict()[f"{block}gate.weight"][3:])
+    assert torch.equal(state[f"{block}experts.down_proj"], model.state_dict()[f"{block}experts.down_proj"][3:])
+
+
+@pytest.mark.parametrize("experts", [2, 4])
+def test_a_copy_is_not_cut(experts, batch):
+    with pytest.raises(ValueError, match=rf"to_experts={experts} is no multiple of the 3 routed slices .* such as 3"):
+        smaller(upcycled(dense_model(), **SLICES), [batch], to_experts=experts)
+
+
+def test_a_factor_on_the_weights_alone_makes_no_slices(batch):
+    model = MoeVlmForConditionalGeneration(tiny_config(routed_scaling_factor=2.0)).eval()
+    assert smaller(model, [batch], to_experts=3).config.text_config.num_experts == 3
+
+
+def test_experts_of_the_connector_that_have_learned_stay_and_this_is_said(batch):
+    model = upcycled(dense_model(), parts=PARTS)
+    down = "model.connector.mlp.experts.down_proj"
+    model.state_dict()[down].normal_()
+    use, _ = count_use(model, [batch])
+    for experts, left in ((0, ["connector"]), (2, ["tower", "connector"])):
+        arguments = DowncycleArguments(model_name_or_path="model", to_experts=experts)
+        state, config, remarks = made_smaller(model.state_dict(), model.config, use, arguments)
+        assert remarks == [f"the {part} keeps its experts" for part in left]
+        assert torch.equal(state[down], model.state_dict()[down])
+        build(state, config, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("parts", "experts", "message"),
+    [
+        ([], 0, "no experts to take away: it is dense already"),
+        (["connector"], 0, "no experts to take away: those of the connector have learned"),
+        (["connector", "tower"], 2, "to_experts=2 is for the decoder, which is dense"),
+    ],
+)
+def test_nothing_to_take_away_is_refused_with_its_reason(parts, experts, message, batch):
+    model = upcycled(dense_model(), parts=parts)
+    if parts:
+        model.state_dict()["model.connector.mlp.experts.down_proj"].normal_()
+    with pytest.raises(ValueError, match=message):
+        smaller(model, [batch], to_experts=experts)
 
 
 def test_the_most_visited_experts_are_kept(batch):
@@ -244,6 +417,20 @@ def test_use_counts_visits_and_weights_without_padding(batch):
         expected = model(**{**batch, "output_router_logits": False})
     logits, targets = expected.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     assert loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_unpacked_and_packed_experts_learn_as_before(tiny, learns):
+    for name, parameter in tiny.named_parameters():
+        parameter.requires_grad_(learns == ("language_model" in name))
+    wanted = {name: parameter.requires_grad for name, parameter in tiny.named_parameters()}
+    with torch.no_grad():
+        unpacked = unpack_experts(tiny)
+    for name, parameter in unpacked.named_parameters():
+        assert parameter.requires_grad == (learns == ("language_model" in name)), name
+    with torch.no_grad():
+        packed = pack_experts(unpacked)
+    assert {name: parameter.requires_grad for name, parameter in packed.named_parameters()} == wanted
 
 
 @pytest.mark.parametrize("tower", [False, True])
