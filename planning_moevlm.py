@@ -7,7 +7,9 @@ Letters: N devices, P parameters, B sequences a device, S tokens a sequence, D h
 token, V vocabulary, L layers.
 """
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -16,10 +18,12 @@ from torch import nn
 
 from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmForConditionalGeneration
-from .summary_moevlm import PARTS, MoeSummary, part_of
+from .summary_moevlm import PARTS, MoeSummary, PartSummary, matrix_entries, part_of
 
 # Bytes a parameter: float32 weights; gradient and the two moments of Adam where it learns.
 WEIGHT, LEARNING = 4, 4 + 8
+# The decoder's attention, and all experts: where LoRA goes.
+ADAPTED = re.compile(r".*(language_model\..*\.[qkvo]_proj\.weight|\.experts\.\w+_proj)")
 # What autocast and the gathered shards of a layer work in.
 HALF = 2
 GIB = 2**30
@@ -33,6 +37,7 @@ class PlanArguments:
     batch_size: int = field(default=8, metadata={"help": "B, sequences a device and step, one picture each."})
     sequence_length: int = field(default=1024, metadata={"help": "S, tokens of a sequence, image tokens included."})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Any of vision, connector, language."})
+    lora_rank: int = field(default=0, metadata={"help": "Of LoRA, which then learns alone; 0: no LoRA."})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Keep one state a layer, compute again."})
     peak_tflops: float = field(default=989.0, metadata={"help": "Dense bf16 TFLOP/s of a device (H100 SXM: 989)."})
     utilisation: float = field(default=0.35, metadata={"help": "Share of the peak that a run reaches."})
@@ -40,6 +45,10 @@ class PlanArguments:
     def __post_init__(self):
         if unknown := set(self.freeze) - set(PARTS):
             raise ValueError(f"freeze holds {sorted(unknown)}; it takes {', '.join(PARTS)}")
+        if set(self.freeze) == set(PARTS) and not self.lora_rank:
+            raise ValueError(f"freeze={self.freeze} leaves nothing to learn; free one part")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank} is negative; 0 plans without LoRA")
         if not 0 < self.utilisation <= 1:
             raise ValueError(f"utilisation={self.utilisation} must lie above 0 and at most 1")
         for name in ("devices", "batch_size", "sequence_length"):
@@ -73,23 +82,29 @@ class Plan(NamedTuple):
 def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     """Parameters, memory, operations and speed of training a model of this config.
 
-    Memory of states: 16 bytes a learning parameter (float32 weight, gradient and two moments), 4 a frozen one.
+    Memory of states: 16 bytes a learning parameter (float32 weight, gradient and two moments), 4 a frozen one; LoRA
+    freezes all and adds its own matrices.
     DDP holds all of it; FSDP2 and ZeRO-3 an N-th, and for a while the largest layer, whole and in half precision, twice
     (the next one is fetched meanwhile) and, in the backward, its gradients; expert parallelism an N-th of the experts
     and all the rest. Activations: see [`activation_bytes`]; buffers of communication and fragmentation are left out.
 
-    Operations: forward of [`MoeSummary`], at a context of half the sequence on average, times 3 for forward and
-    backward; times 4 where activations are computed again.
+    Operations: forward of [`MoeSummary`], at a context of half the sequence on average, of each part times its
+    [`passes`]; those of LoRA's own matrices are left out.
     """
     with torch.device("meta"):
         model = MoeVlmForConditionalGeneration(config)
+    adapters = adapter_sizes(model, arguments.lora_rank)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in arguments.freeze)
+        parameter.requires_grad_(part_of(name) not in arguments.freeze and not adapters)
     summary = model.moe_summary()
     states = {name: state_bytes(parameter) for name, parameter in model.named_parameters()}
+    for name, size in adapters.items():
+        states[name] += size * (WEIGHT + LEARNING)
+    learning = {part_of(name) for name in adapters} or set(PARTS) - set(arguments.freeze)
+    number = passes(learning, arguments)
     total = sum(states.values())
     experts = sum(size for name, size in states.items() if ".experts." in name)
-    devices, activations = arguments.devices, activation_bytes(config, arguments)
+    devices, activations = arguments.devices, activation_bytes(config, arguments, number)
     gathered = 3 * HALF * largest_layer(model) if devices > 1 else 0
     memory = [
         Memory("DDP", total, 0, activations),
@@ -98,11 +113,35 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
         Memory("expert parallel", total - experts + -(-experts // devices), 0, activations),
     ]
     sequence = arguments.sequence_length
-    forward = summary.flops_per_token(sequence // 2) + summary.picture_flops // sequence
-    flops = forward * (4 if arguments.gradient_checkpointing else 3)
+    connector = 2 * matrix_entries(model)["connector"] * summary.image_tokens
+    forward = {"vision": summary.picture_flops - connector, "connector": connector}
+    forward["language"] = summary.flops_per_token(sequence // 2) * sequence
+    flops = sum(forward[part] * number[part] for part in PARTS) // sequence
     tokens = devices * arguments.batch_size * sequence
     speed = devices * arguments.peak_tflops * 1e12 * arguments.utilisation / (flops * tokens)
+    if size := sum(adapters.values()):
+        summary = replace(summary, parts=(*summary.parts, PartSummary("adapters", "", size, size, size)))
     return Plan(summary, memory, flops, speed * 86400, tokens)
+
+
+def adapter_sizes(model: nn.Module, rank: int) -> dict[str, int]:
+    """Parameters of LoRA's two matrices beside each adapted one, `rank * (in + out)` for each matrix of a stack."""
+    if not rank:
+        return {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if ADAPTED.fullmatch(name)}
+    return {name: rank * prod(shape[:-2]) * sum(shape[-2:]) for name, shape in shapes.items()}
+
+
+def passes(learning: set[str], arguments: PlanArguments) -> dict[str, int]:
+    """How often a step does each part's forward operations, by part.
+
+    Once forward; once for the gradient of its input where it or a part before it learns, and then once more where
+    activations are computed again; once for the gradient of its weights where they learn all.
+    """
+    reached = {part for i, part in enumerate(PARTS) if learning & set(PARTS[: i + 1])}
+    whole = set() if arguments.lora_rank else learning
+    again = arguments.gradient_checkpointing
+    return {part: 1 + (1 + again) * (part in reached) + (part in whole) for part in PARTS}
 
 
 def state_bytes(parameter: nn.Parameter) -> int:
@@ -116,12 +155,13 @@ def largest_layer(model: MoeVlmForConditionalGeneration) -> int:
     return max(sum(prod(parameter.shape) for parameter in layer.parameters()) for layer in layers)
 
 
-def activation_bytes(config: MoeVlmConfig, arguments: PlanArguments) -> int:
+def activation_bytes(config: MoeVlmConfig, arguments: PlanArguments, number: Mapping[str, int]) -> int:
     """Bytes that the backward needs from the forward, on one device.
 
     In half precision, a decoder layer keeps for each token: 6 D (two norms' inputs and outputs, two sums), the heads'
     queries, keys, values and outputs, and for each visited expert 3 F (gate, up, product) + D. A layer of the tower
-    likewise. With checkpointing, D a layer and one whole layer. On top the logits, 8 bytes each (float32 and gradient).
+    likewise; none where [`passes`], by part, are 1 and no backward comes. With checkpointing, D a layer and one whole
+    layer. On top the logits, 8 bytes each (float32 and gradient).
     Attention weights are never stored (sdpa, flash).
     """
     text, vision = config.text_config, config.vision_config
@@ -135,6 +175,7 @@ def activation_bytes(config: MoeVlmConfig, arguments: PlanArguments) -> int:
     layers += [
         (patches, vision.hidden_size, 10 * vision.hidden_size + feed_forward(vision, kind))
         for kind in vision.mlp_layer_types
+        if number["vision"] > 1
     ]
     logits = 8 * tokens * text.vocab_size
     if not arguments.gradient_checkpointing:

@@ -14,6 +14,7 @@ from moevlm.keymaps_moevlm import DenseTwin, in_our_form, map_keys
 from moevlm.layouts_moevlm import pack_experts, qwen3_moe_config, qwen3_moe_keys, unpack_experts
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.planning_moevlm import PlanArguments, plan
+from moevlm.training_moevlm import ModelArguments, adapt
 from moevlm.upcycling_moevlm import (
     FeedForward,
     Recipe,
@@ -521,7 +522,61 @@ def test_checkpointing_keeps_less_and_computes_more(config):
     assert kept.flops_per_token * 3 == stored.flops_per_token * 4
 
 
-@pytest.mark.parametrize("field", [{"utilisation": 0}, {"freeze": ["head"]}, {"devices": 0}])
+def counted(config, **arguments):
+    """A plan's training FLOPs of one sequence with its picture."""
+    arguments = PlanArguments(devices=1, batch_size=1, sequence_length=100, **arguments)
+    return plan(config, arguments).flops_per_token * 100
+
+
+@pytest.mark.parametrize(
+    ("freeze", "tower", "connector", "decoder"),
+    [
+        ([], 3, 3, 3),
+        (["vision"], 1, 3, 3),
+        (["vision", "language"], 1, 3, 2),  # stage 1: the gradient passes through the decoder
+        (["vision", "connector"], 1, 1, 3),
+        (["language"], 3, 3, 2),
+        (["connector", "language"], 3, 2, 2),
+    ],
+)
+def test_a_frozen_part_costs_its_forward_and_what_passes_through_it(config, freeze, tower, connector, decoder):
+    model = MoeVlmForConditionalGeneration(config)
+    summary, side, factor = model.moe_summary(), config.vision_config.patches_per_side, 2
+    names = [(name, p) for name, p in model.named_parameters() if "connector" in name and p.ndim > 1]
+    active = sum(p.numel() // (2 if ".experts." in name else 1) for name, p in names)  # two of four experts
+    projected = 2 * active * (side // factor) ** 2
+    seen, read = summary.picture_flops - projected, summary.flops_per_token(50) * 100
+    wanted = tower * seen + connector * projected + decoder * read
+    assert counted(config, freeze=freeze, gradient_checkpointing=False) == pytest.approx(wanted, abs=100)
+    again = wanted + (tower > 1) * seen + (connector > 1) * projected + (decoder > 1) * read
+    assert counted(config, freeze=freeze) == pytest.approx(again, abs=100)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_tower_keeps_no_activations_and_one_that_learns_does(config, checkpointing):
+    def kept(**arguments):
+        return plan(config, PlanArguments(gradient_checkpointing=checkpointing, **arguments)).memory[0].activations
+
+    assert kept(freeze=["vision"]) == kept(freeze=["vision", "connector"]) < kept() == kept(freeze=["language"])
+
+
+def test_planned_adapters_are_those_that_peft_makes(config):
+    model = MoeVlmForConditionalGeneration(config)
+    adapted = adapt(model, ModelArguments(lora=True, lora_rank=3))
+    made = sum(p.numel() for name, p in adapted.named_parameters() if p.requires_grad)
+    found = plan(config, PlanArguments(devices=1, lora_rank=3))
+    line = found.summary.parts[-1]
+    assert line.name == "adapters" and line.learning == made
+    assert found.summary.parameters == MoeVlmForConditionalGeneration(config).num_parameters() + made
+    assert found.memory[0].states == 4 * (found.summary.parameters - made) + 16 * made
+    assert [part.learning for part in found.summary.parts[:-1]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"utilisation": 0}, {"freeze": ["head"]}, {"freeze": ["vision", "connector", "language"]}, {"devices": 0}]
+    + [{"lora_rank": -1}],
+)
 def test_a_plan_that_cannot_be_is_refused_by_name(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         PlanArguments(**field)
