@@ -37,6 +37,7 @@ except ImportError:
     PeftModel = None
 
 PARTS = (*TOWERS, "router")
+KINDS = ("experts", "router")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
 
@@ -54,6 +55,7 @@ class ModelArguments:
     freeze_connector: bool = field(default=False, metadata={"help": "Keep the connector."})
     freeze_language: bool = field(default=False, metadata={"help": "Keep the decoder and the head, routers included."})
     freeze_router: bool = field(default=False, metadata={"help": "Keep every router."})
+    train_only: list[str] = field(default_factory=list, metadata={"help": "Keep all but these: experts, router."})
     lora: bool = field(default=False, metadata={"help": "Train LoRA on the decoder's attention and on the experts."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale; the update is alpha / rank times B A."})
@@ -66,13 +68,10 @@ class ModelArguments:
                 f"model_name_or_path={self.model_name_or_path!r} and config={self.config!r} exclude each other: "
                 "a checkpoint brings its own architecture; drop one"
             )
+        if self.train_only and self.lora:
+            raise ValueError(f"train_only={self.train_only} is not for lora, where adapters alone learn; drop one")
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
-
-    @property
-    def frozen_parts(self) -> tuple[str, ...]:
-        """The members of `PARTS` that shall not learn."""
-        return tuple(part for part in PARTS if getattr(self, f"freeze_{part}"))
 
 
 @dataclass
@@ -146,23 +145,25 @@ class MoeVlmTrainingArguments(TrainingArguments):
         return super().get_warmup_steps(num_training_steps) or math.ceil(num_training_steps * self.warmup_ratio)
 
 
-def freeze(model: nn.Module, parts: Iterable[str]) -> None:
+def freeze(model: nn.Module, parts: Iterable[str], only: Iterable[str] = ()) -> None:
     """Stop the gradients of whole parts; a router is frozen with its tower, or with all others by "router".
 
     Args:
         parts: Members of `PARTS`.
+        only: Members of `KINDS`, shared experts among the experts: what of the rest still learns; none: all of it.
 
     Raises:
-        ValueError: An unknown part, or nothing is left to train.
+        ValueError: An unknown part or kind, or nothing is left to train.
     """
-    parts = set(parts)
-    if unknown := parts - set(PARTS):
-        raise ValueError(f"cannot freeze {sorted(unknown)}; the parts are {', '.join(PARTS)}")
+    parts, only = set(parts), set(only)
+    if unknown := (parts - set(PARTS)) | (only - set(KINDS)):
+        raise ValueError(f"{sorted(unknown)}: freeze takes {', '.join(PARTS)}; train_only takes {', '.join(KINDS)}")
     for name, parameter in model.named_parameters():
-        if part_of(name) in parts or ("router" in parts and is_router(name)):
+        kind = "router" if is_router(name) else "experts" if "expert" in name else None
+        if part_of(name) in parts or kind in parts or (only and kind not in only):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"nothing is left to train after freezing {sorted(parts)}; free one part")
+        raise ValueError(f"nothing is left to train: freeze={sorted(parts)}, train_only={sorted(only)}; free one part")
 
 
 def decays(name: str, module: nn.Module) -> bool:
@@ -217,7 +218,7 @@ def default_lora_config(arguments: ModelArguments, model: nn.Module) -> "LoraCon
 
 def adapt(model: nn.Module, arguments: ModelArguments) -> nn.Module:
     """The model with parts frozen and with fresh LoRA adapters, which then learn alone, as the arguments say."""
-    freeze(model, arguments.frozen_parts)
+    freeze(model, (part for part in PARTS if getattr(arguments, f"freeze_{part}")), arguments.train_only)
     return get_peft_model(model, default_lora_config(arguments, model)) if arguments.lora else model
 
 

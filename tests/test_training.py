@@ -203,7 +203,49 @@ def test_a_frozen_part_ends_as_it_began_and_the_rest_learns(tmp_path, processor,
     assert {part_of(name) for name in changed} == {"vision", "connector", "language"} - {part}
 
 
+@pytest.mark.parametrize("only", [["experts"], ["router"], ["experts", "router"]])
+@pytest.mark.parametrize("frozen", [[], ["vision"], ["router"]])
+def test_only_experts_or_routers_learn_where_they_are_named_and_not_frozen(only, frozen):
+    if (only, frozen) == (["router"], ["router"]):
+        with pytest.raises(ValueError, match="nothing is left to train: freeze=.'router'., train_only=.'router'."):
+            freeze(sparse_everywhere(), frozen, only)
+        return
+    model = adapt(sparse_everywhere(), ModelArguments(train_only=only, **{f"freeze_{part}": True for part in frozen}))
+    for name, parameter in model.named_parameters():
+        kind = "router" if ".gate." in name else "experts" if ".experts." in name or ".shared_expert" in name else ""
+        wanted = kind in only and kind not in frozen and part_of(name) not in frozen
+        assert parameter.requires_grad == wanted, name
+
+
+def test_a_run_that_trains_only_experts_and_routers_moves_nothing_else(tmp_path, processor, rows):
+    model = small_model()
+    freeze(model, ["vision"], ["experts", "router"])
+    before = copy.deepcopy(model.state_dict())
+    trainer_of(model, rows, processor, arguments(tmp_path, max_steps=2)).train()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and changed == {name for name in before if ".experts." in name or ".gate." in name}
+
+
+def sparse_everywhere():
+    sparse = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    return MoeVlmForConditionalGeneration(
+        MoeVlmConfig(
+            vision_config={"hidden_size": 32, "num_hidden_layers": 2, "moe_layers": "all", **sparse},
+            connector_config=sparse,
+            text_config={**text, "n_shared_experts": 1, "shared_expert_gate": True, **sparse},
+        )
+    )
+
+
+def test_train_only_and_lora_exclude_each_other():
+    with pytest.raises(ValueError, match="train_only=.'experts'. is not for lora"):
+        ModelArguments(train_only=["experts"], lora=True)
+
+
 def test_freezing_everything_or_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="heads.*train_only takes experts, router"):
+        freeze(small_model(), [], ["heads"])
     with pytest.raises(ValueError, match="nothing is left"):
         freeze(small_model(), ["vision", "connector", "language"])
     with pytest.raises(ValueError, match="head"):
