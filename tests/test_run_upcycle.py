@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from accelerate.commands.launch import launch_command_parser
 from hub_stand_in import Repo
 from safetensors.torch import save_file
 from tiny_parents import SQUARE, TEXT
@@ -21,8 +23,9 @@ import run_upcycle
 from moevlm import parents_moevlm, proof_moevlm
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.parents_moevlm import Shards, open_parent, read_tokenizer
+from moevlm.planning_moevlm import PlanArguments
 from moevlm.processing_moevlm import train_tokenizer
-from moevlm.recipes_moevlm import read_recipe
+from moevlm.recipes_moevlm import parse, read_recipe
 from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainingArguments
 from moevlm.upcycling_moevlm import Recipe
 
@@ -638,8 +641,50 @@ def test_each_recipe_is_one_of_a_command(path):
     assert len(fitting) == 1
 
 
+def documented():
+    """The commands of docs/recipes.md, in blocks and between backticks, word by word."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += [line.replace("\n", " ") for line in re.findall(r"`([^`]+)`", rest)]
+    named = re.compile(r"(?<!\S)run_(upcycle|finetune)\.py")
+    # A name alone is no command.
+    return [line for line in lines if named.search(line) and not line.startswith("run_")]
+
+
+@pytest.mark.parametrize("line", documented())
+def test_each_documented_command_parses(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # parsing bf16 sets it
+    words = shlex.split(line, comments=True)
+    at = next(i for i, word in enumerate(words) if word.startswith("run_"))
+    flags = words[at + 1 :]
+    if "accelerate" in words[:at]:
+        launch = launch_command_parser().parse_args(words[words.index("launch") + 1 :])
+        assert (launch.training_script, launch.training_script_args) == (words[at], flags)
+        assert launch.config_file is None or Path(launch.config_file).is_file()
+    if words[at] == "run_finetune.py":
+        groups = (ModelArguments, DataArguments, MoeVlmTrainingArguments)
+    elif flags[0] == "plan":
+        groups, flags = (parents_moevlm.Sources, Recipe, PlanArguments), flags[1:]
+    else:
+        groups = (run_upcycle.UpcycleArguments, Recipe)
+    filled = parse(groups, flags)
+    for path in (getattr(group, name, None) for group in filled for name in ("text", "vision")):
+        assert not str(path).endswith(".json") or Path(path).is_file()
+
+
+def test_the_larger_recipes_are_written_out():
+    lines = [line for line in documented() if "/small/" in line or "/middle/" in line or "/large/" in line]
+    assert [sum(name in line for line in lines) for name in ("/small/", "/middle/", "/large/")] == [5, 5, 3]
+    made = {line.split("--output_dir ")[1] for line in lines}
+    used = {line.split("--model_name_or_path ")[1].split()[0] for line in lines if "--model_name_or_path" in line}
+    assert used < made  # each stage begins with what an earlier one left
+
+
 @pytest.mark.parametrize(("script", "recipes"), [("smol.sh", 6), ("smol_controls.sh", 5)])
 def test_the_chain_names_recipes_that_are_there(script, recipes):
-    named = re.findall(r"\w+\.yaml", (ROOT / "configs" / "recipes" / script).read_text())
+    named = re.findall(r"(?:recipes|\$tune)/(\w+\.yaml)", (ROOT / "configs" / "recipes" / script).read_text())
     assert len(named) == recipes
     assert all((ROOT / "configs" / "recipes" / name).exists() for name in named)
