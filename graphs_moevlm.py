@@ -59,7 +59,7 @@ def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
 
 
-# What torch.compile knows of the grouped product is bf16; as an operator it has any dtype.
+# What torch.compile knows of the grouped product is bf16; as an operator, without a gradient, it has any dtype.
 grouped_product_operator = torch.library.custom_op("moevlm::grouped_product", grouped_product, mutates_args=())
 
 
@@ -82,7 +82,8 @@ def grouped_mm_experts(tokens, experts, weights, gate_up, down, act, skips=True)
     def written(rows):
         return rows.masked_fill((ids >= num_experts).unsqueeze(-1), 0.0) if skips else rows
 
-    multiply = grouped_product if dtype == torch.bfloat16 else grouped_product_operator
+    opaque = torch.compiler.is_compiling() and dtype != torch.bfloat16
+    multiply = grouped_product_operator if opaque else grouped_product
     learns = torch.is_grad_enabled()
     visited = VisitedRows.apply if learns else VisitedRows.of
     summed = WeightedSum.apply if learns else WeightedSum.of

@@ -106,7 +106,7 @@ def numbers(folder):
     entropies = [value for name, value in last.items() if name.startswith("router_entropy_")]
     return {
         "VQA": metrics["vqa"]["vqa_accuracy"],
-        "positions": metrics["vqa"]["per_answer_type"].get("position"),
+        "positions": metrics["vqa"].get("per_answer_type", {}).get("position"),
         "CIDEr": metrics["caption"]["CIDEr"],
         "turns": metrics["chat"]["turn_accuracy"],
         # 1 is even; E is one expert for all.

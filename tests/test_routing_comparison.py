@@ -28,7 +28,8 @@ def test_an_option_is_a_valid_architecture_that_holds_its_fields(option, recipe)
 
 def run(folder, vqa, load):
     folder.mkdir(parents=True)
-    metrics = {"vqa": {"vqa_accuracy": vqa}, "caption": {"CIDEr": 1.0}, "chat": {"turn_accuracy": 50.0}}
+    metrics = {"vqa": {"vqa_accuracy": vqa, "per_answer_type": {"position": 60.0}}}
+    metrics |= {"caption": {"CIDEr": 1.0}, "chat": {"turn_accuracy": 50.0}}
     (folder / "metrics.json").write_text(json.dumps({**metrics, "training": {"train_seconds": 7.0}}))
     entries = [{"expert_load": {"decoder.0": load}, "router_entropy_decoder.0": 1.5}, {"loss": 1.0}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
@@ -43,8 +44,8 @@ def test_runs_that_are_there_are_read_and_not_trained_again(tmp_path, monkeypatc
     comparison.main()
     line = (tmp_path / "routing.md").read_text().splitlines()[2]
     assert line == (
-        "| softmax | 2 | 91.00 (90.00 .. 92.00) | 1.00 (1.00 .. 1.00) | 50.00 (50.00 .. 50.00) | 1.50 (1.00 .. 2.00) "
-        "| 1.50 (1.50 .. 1.50) | 7.00 (7.00 .. 7.00) |"
+        "| softmax | 2 | 91.00 (90.00 .. 92.00) | 60.00 (60.00 .. 60.00) | 1.00 (1.00 .. 1.00) | 50.00 (50.00 .. 50.00) "
+        "| 1.50 (1.00 .. 2.00) | 1.50 (1.50 .. 1.50) | 7.00 (7.00 .. 7.00) |"
     )
     assert line in capsys.readouterr().out
     stored = json.loads((tmp_path / "routing.json").read_text())
