@@ -62,6 +62,8 @@ def grouped_mm(experts, hidden_states, top_k_index, top_k_weights):
 # Up to here, on CUDA, nearly every weight is read anyway, or copying those of the visits is cheap; on a CPU the sort,
 # which a graph fuses, still shows beside the products.
 FEW_TOKENS = 128
+# On a CPU, in graphs: the weights of all visits, copied, stay near the core.
+COPIED_BYTES = 2**21
 # As in `kernels_moevlm.one_call_pays`; not asked while a graph is traced.
 ONE_CALL_PAYS = not this_cpu().amd
 
@@ -80,10 +82,14 @@ def form_for(tokens, experts, gate_up):
         return batched_experts if 3 * experts.numel() < len(gate_up) else dense_experts
     if (tokens.is_cuda or exporting) and fits_grouped_mm(tokens, gate_up):
         return grouped_mm_experts
-    fused = few and torch.compiler.is_compiling() and ONE_CALL_PAYS and len(tokens) > 1
-    if fused and fits_grouped_mm(tokens, gate_up, (torch.bfloat16, torch.float32)):
-        return grouped_mm_experts
-    return dense_experts if exporting else None
+    if exporting:
+        return dense_experts
+    if few and torch.compiler.is_compiling():
+        if experts.numel() * 3 * gate_up.shape[1] // 2 * gate_up.shape[2] * gate_up.itemsize <= COPIED_BYTES:
+            return batched_experts
+        fits = fits_grouped_mm(tokens, gate_up, (torch.bfloat16, torch.float32))
+        return grouped_mm_experts if fits and ONE_CALL_PAYS and len(tokens) > 1 else None
+    return None
 
 
 def automatic(experts, hidden_states, top_k_index, top_k_weights):

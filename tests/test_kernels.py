@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moevlm import experts_moevlm
 from moevlm import kernels_moevlm as kernels
 from moevlm.base_moevlm import IS_TRANSFORMERS_5
 from moevlm.benchmarking_moevlm import peak_bytes
@@ -311,8 +312,10 @@ def test_a_compiled_block_is_one_graph_and_equals_the_block(implementation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_p", [None, 0.5])
-def test_a_compiled_block_fuses_few_tokens_and_skips_their_spared_visits(dtype, top_p):
+@pytest.mark.parametrize("copied_bytes", [0, experts_moevlm.COPIED_BYTES])
+def test_a_compiled_block_fuses_few_tokens_and_skips_their_spared_visits(monkeypatch, copied_bytes, dtype, top_p):
     torch.compiler.reset()
+    monkeypatch.setattr(experts_moevlm, "COPIED_BYTES", copied_bytes)
     block = sparse_block("auto", dtype, num_experts_per_tok=3, router_top_p=top_p)
     states = torch.randn(9, 16, dtype=dtype)
     close = FLOAT32 if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}  # as below
