@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
@@ -75,9 +76,14 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
         kwargs: Of the forward; transformers 4 passes `cache_position` in it.
     """
     arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
+    direct = takes_direct_mask(config, attention_mask)
     if segment_ids is not None:
         keys = segment_ids.unsqueeze(1)  # (B, 1, S)
         visible = (keys == 0) | (keys == segment_ids.unsqueeze(2))  # (B, S, S)
+        fresh = past_key_values is None or (not past_key_values.is_compileable and not past_key_values.get_seq_length())
+        if direct and fresh:
+            places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+            return padded_causal_mask(attention_mask, places, visible=visible)
 
         def same_segment(batch, head, query, key):
             return visible[batch, query, key]
@@ -86,9 +92,42 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
         arguments.update(and_mask_function=same_segment, position_ids=None)
     if IS_TRANSFORMERS_5:
         return create_causal_mask(config=config, inputs_embeds=inputs_embeds, **arguments)
+    if direct and segment_ids is None:
+        return padded_causal_mask(attention_mask, kwargs["cache_position"], past_key_values)
     return create_causal_mask(
         config=config, input_embeds=inputs_embeds, cache_position=kwargs["cache_position"], **arguments
     )
+
+
+def takes_direct_mask(config, attention_mask):
+    """Whether [`padded_causal_mask`] can stand for the library's mask: sdpa, a 2-D mask, no graph under way."""
+    plain = attention_mask is not None and attention_mask.ndim == 2
+    under_way = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return plain and config._attn_implementation == "sdpa" and not under_way
+
+
+def padded_causal_mask(attention_mask, cache_position, past_key_values=None, visible=None):
+    """sdpa's causal mask `(B, 1, S, T)`, true where a token is seen, or None where `is_causal` says the same.
+
+    The library makes it by vmap (5.x with segments only), which on a CPU takes longer than a step of a small model.
+
+    Args:
+        attention_mask: `(B, n)`, 1 for a real token; what the cache has room for beyond n is masked.
+        cache_position: `(S,)`, places of the new tokens.
+        past_key_values: A cache of T places, or None.
+        visible: `(B, S, S)`, what else a token must be to be seen, or None.
+    """
+    count, length, start, static = len(cache_position), len(cache_position), 0, False
+    if past_key_values is not None:
+        length, start = past_key_values.get_mask_sizes(cache_position, 0)
+        static = past_key_values.is_compileable
+    seen = attention_mask.bool()[:, start : start + length]
+    if visible is None and not static and (count == 1 or count == length) and seen.all():
+        return None
+    seen = F.pad(seen, (0, length - seen.shape[1]))  # (B, T)
+    places = torch.arange(start, start + length, device=seen.device)
+    mask = seen[:, None, None, :] & (places <= cache_position.unsqueeze(-1))
+    return mask if visible is None else mask & visible.unsqueeze(1)
 
 
 class MoeVlmPreTrainedModel(PreTrainedModel):
@@ -148,6 +187,13 @@ class MoeVlmPreTrainedModel(PreTrainedModel):
         return summarize(self)
 
     if not IS_TRANSFORMERS_5:
+
+        def create_masks_for_generate(
+            self, config, input_embeds, attention_mask, cache_position, past_key_values, position_ids=None, **kwargs
+        ):
+            """The mask of a step with a static cache, made before the compiled forward; see [`attention_mask_for`]."""
+            config, place = config.get_text_config(), {"cache_position": cache_position}
+            return attention_mask_for(config, input_embeds, attention_mask, past_key_values, position_ids, None, place)
 
         def set_experts_implementation(self, experts_implementation):
             """As in transformers 5: a name for all parts, or a dict of names by `sub_configs` key ("" for the rest)."""

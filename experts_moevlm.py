@@ -11,7 +11,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .graphs_moevlm import batched_experts, dense_experts, fits_grouped_mm, grouped_mm_experts, opaque_experts
-from .kernels_moevlm import activation, decode_experts, eager_experts, grouped_experts, this_cpu
+from .kernels_moevlm import activation, decode_experts, eager_experts, grouped_experts, product_dtype, this_cpu
 from .routing_moevlm import MoeVlmRouter
 
 try:  # transformers 5: lets every engine that knows the interface replace the experts' forward
@@ -64,7 +64,7 @@ def grouped_mm(experts, hidden_states, top_k_index, top_k_weights):
 FEW_TOKENS = 128
 # On a CPU, in graphs: the weights of all visits, copied, stay near the core.
 COPIED_BYTES = 2**21
-# As in `kernels_moevlm.one_call_pays`; not asked while a graph is traced.
+# As in `kernels_moevlm.one_call_pays`: MKL's small products are slow on AMD. Here, because a graph cannot ask the CPU.
 ONE_CALL_PAYS = not this_cpu().amd
 
 
@@ -84,7 +84,8 @@ def form_for(tokens, experts, gate_up):
         return grouped_mm_experts
     if exporting:
         return dense_experts
-    if few and torch.compiler.is_compiling():
+    # Under autocast either form would cast the weights of all experts at each call.
+    if few and torch.compiler.is_compiling() and product_dtype(tokens, gate_up) == gate_up.dtype:
         if experts.numel() * 3 * gate_up.shape[1] // 2 * gate_up.shape[2] * gate_up.itemsize <= COPIED_BYTES:
             return batched_experts
         fits = fits_grouped_mm(tokens, gate_up, (torch.bfloat16, torch.float32))

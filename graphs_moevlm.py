@@ -82,9 +82,9 @@ def grouped_mm_experts(tokens, experts, weights, gate_up, down, act, skips=True)
     def written(rows):
         return rows.masked_fill((ids >= num_experts).unsqueeze(-1), 0.0) if skips else rows
 
-    opaque = torch.compiler.is_compiling() and dtype != torch.bfloat16
-    multiply = grouped_product_operator if opaque else grouped_product
     learns = torch.is_grad_enabled()
+    opaque = torch.compiler.is_compiling() and not learns and dtype != torch.bfloat16
+    multiply = grouped_product_operator if opaque else grouped_product
     visited = VisitedRows.apply if learns else VisitedRows.of
     summed = WeightedSum.apply if learns else WeightedSum.of
     rows = written(visited(tokens.to(dtype), order // experts.shape[-1], places))  # (V, D)

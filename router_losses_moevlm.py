@@ -191,10 +191,11 @@ def count_tokens(input_ids, image_token_id, attention_mask=None):
     Args:
         input_ids: `(B, S)`.
         image_token_id: Of the config.
-        attention_mask: `(B, S)`, 1 for a real token; None counts all.
+        attention_mask: `(B, S)`, 1 for a real token; None, or one of more dimensions, counts all.
     """
     image = input_ids == image_token_id
-    keep = torch.ones_like(image) if attention_mask is None else attention_mask.bool()
+    plain = attention_mask is not None and attention_mask.ndim == 2
+    keep = attention_mask.bool() if plain else torch.ones_like(image)
     return torch.stack([(keep & ~image).sum(), (keep & image).sum()])
 
 

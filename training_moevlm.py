@@ -322,13 +322,17 @@ class MoeVlmTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # Several GPUs in one process would split the two numbers like rows.
-        if labels is not None and self.router_window.layers and self.args.n_gpu <= 1:
+        counted = labels is not None and all("input_ids" in one for one in batches)
+        # Several GPUs in one process would split the two numbers like rows; ranks are those that share the labels' sum.
+        if counted and self.router_window.layers and self.args.n_gpu <= 1:
             image_token = self.model.config.image_token_id
-            own = sum(count_tokens(one["input_ids"], image_token, one.get("attention_mask")) for one in batches)  # (2,)
-            # Given as labels, so that the library counts them over the same ranks.
-            each = [{"labels": torch.zeros(count), "shift_labels": torch.zeros(count)} for count in own.tolist()]
-            total = torch.stack([self._get_num_items_in_batch([one], device) for one in each]).long()
+            total = sum(
+                count_tokens(one["input_ids"], image_token, one.get("attention_mask")) for one in batches
+            )  # (2,)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                total = self.accelerator.gather(total.to(device).unsqueeze(0)).sum(0)
+            if layout := getattr(self.accelerator, "parallelism_config", None):
+                total = total // layout.non_data_parallel_size
             for one in batches:
                 one["num_tokens_in_batch"] = total
         return batches, labels

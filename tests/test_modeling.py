@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import IMAGE_TOKEN, tiny_config
 from safetensors.torch import load_file
+from transformers import DynamicCache, StaticCache
 
+from moevlm import base_moevlm
+from moevlm.base_moevlm import attention_mask_for
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration, MoeVlmModel
 from moevlm.router_losses_moevlm import router_statistics
 
@@ -232,6 +235,39 @@ def test_a_packed_row_equals_its_turns_one_by_one(attention, padding):
         for ids, label in zip(rows, labels)
     ]
     assert_same_gradients(found, {name: each[0][name] + each[1][name] for name in each[0]})
+
+
+@pytest.mark.parametrize("segments", [None, [[0, 0, 1, 1, 2], [0, 1, 1, 2, 2]]])
+@pytest.mark.parametrize("mask", [[[1] * 5] * 2, [[0, 0, 1, 1, 1], [1] * 5], [[1, 1, 1, 0, 0], [1] * 5]])
+@pytest.mark.parametrize("cache", [None, "dynamic", "static"])
+def test_the_direct_mask_is_the_library_s(monkeypatch, config, cache, mask, segments):
+    text = config.text_config
+    text._attn_implementation, mask, states = "sdpa", torch.tensor(mask), torch.zeros(2, 5, text.hidden_size)
+    segments = None if segments is None else torch.tensor(segments)
+    if cache == "static" and segments is not None:
+        pytest.skip("packed rows are for training")
+    caches = {None: lambda: None, "dynamic": DynamicCache, "static": lambda: StaticCache(config=text, max_cache_len=9)}
+
+    def masks():
+        """Of the first call and, with a cache, of the next token."""
+        past, made = caches[cache](), []
+        for start, count in ((0, 5), (5, 1)):
+            seen = torch.nn.functional.pad(mask, (0, start + count - 5), value=1)
+            places = torch.arange(start, start + count)
+            embeds, marks = states[:, :count], segments if start == 0 else None
+            given = {"cache_position": places}
+            made.append(attention_mask_for(text, embeds, seen, past, places.unsqueeze(0), marks, given))
+            if past is None:
+                break
+            keys = torch.zeros(2, text.num_key_value_heads, count, text.head_dim)
+            past.update(keys, keys, 0, given)
+        return made
+
+    found = masks()
+    monkeypatch.setattr(base_moevlm, "takes_direct_mask", lambda *_: False)
+    for one, other in zip(found, masks(), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other.expand_as(one))
 
 
 def test_segments_really_hide_the_other_turn(tiny):

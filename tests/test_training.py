@@ -435,6 +435,17 @@ def test_the_trainer_weighs_different_micro_batches_by_their_tokens(tmp_path, pr
     assert ((found - expected).norm() / expected.norm()).item() < 1e-4  # a difference of float32 weights
 
 
+def test_batches_are_counted_where_they_have_ids(tmp_path, processor, rows):
+    trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path))
+    batch = MoeVlmCollator(processor)(rows[:2])
+    blind = {"inputs_embeds": torch.zeros(2, 3, 8), "labels": torch.ones(2, 3, dtype=torch.long)}
+    (counted,), _ = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    text, image = counted["num_tokens_in_batch"].tolist()
+    assert text + image == batch["attention_mask"].sum() and image > 0
+    (left,), labels = trainer.get_batch_samples(iter([blind]), 1, torch.device("cpu"))
+    assert set(left) == set(blind) and labels > 0
+
+
 def test_a_router_that_no_answer_can_teach_is_warned_of(tmp_path, processor, rows, caplog):
     for norm_topk_prob in (True, False):
         caplog.clear()
