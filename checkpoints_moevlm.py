@@ -1,7 +1,9 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """The checkpoints of a run: where it starts, and how it ends without harming what was there before."""
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,13 +20,18 @@ from .modeling_moevlm import MoeVlmForConditionalGeneration
 from .processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
 
 # What commands write beside a model.
-REPORTS = ("upcycling.json", "downcycling.json", "trainer_state.json")
+REPORTS = ("upcycling.json", "downcycling.json")
+
+
+def checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    """The folders that a run saves to, oldest first; one that a user named, such as checkpoint-10-best, is not its."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def checkpoints(output_dir: str) -> list[Path]:
     """The whole checkpoints of a run, oldest first; one that was cut off while saving has no trainer state yet."""
-    found = [path.parent for path in Path(output_dir).glob("checkpoint-[0-9]*/trainer_state.json")]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return [path for path in checkpoint_folders(output_dir) if (path / "trainer_state.json").exists()]
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -65,7 +72,7 @@ def clear(args: TrainingArguments) -> None:
             f"output_dir={args.output_dir} holds an unfinished run; go on with --resume_from_checkpoint last, "
             "delete it with --overwrite_output_dir, or choose another output_dir"
         )
-    for path in Path(args.output_dir).glob("checkpoint-[0-9]*"):
+    for path in checkpoint_folders(args.output_dir):
         shutil.rmtree(path)
 
 
@@ -151,10 +158,12 @@ def whole_folder(output_dir: str, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `output_dir` is not empty, and `overwrite` does not allow to replace it, or it holds nothing
-            of ours, or it is the folder that the command runs in.
+            of ours, or it is the folder that the command runs in; or the name for moving it aside is taken.
     """
     target = Path(output_dir).resolve()
     incoming, old = (target.with_name(f".{target.name}.{role}") for role in ("incoming", "old"))
+    if old.exists() and not is_ours(old):
+        raise FileExistsError(f"{old}, where output_dir={target} is moved aside, holds no model of ours; rename it")
     shutil.rmtree(incoming, ignore_errors=True)
     if old.exists():
         old.rename(incoming if target.exists() else target)
@@ -176,10 +185,23 @@ def whole_folder(output_dir: str, overwrite: bool = False) -> Iterator[Path]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a command of ours wrote this folder: a model, a report about one, or a run's checkpoints."""
-    if (config := folder / "config.json").exists():
-        return f'"{MoeVlmConfig.model_type}"' in config.read_text(encoding="utf-8")
-    return bool(checkpoints(str(folder))) or any((folder / name).exists() for name in REPORTS)
+    """Whether a command of ours wrote this folder: a model, a report about one, a run's checkpoints; or it is empty."""
+    if (folder / "config.json").exists():
+        return holds_our_model(folder)
+    if saved := checkpoint_folders(folder):
+        return any(map(holds_our_model, saved))  # the last may have been cut off before its config
+    return any((folder / name).exists() for name in REPORTS) or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def holds_our_model(folder: Path) -> bool:
+    """Whether a folder's config is a MoeVlm's, or, where LoRA saved its adapter alone, the adapter's base model is."""
+    try:
+        if (path := folder / "config.json").exists():
+            return json.loads(path.read_text(encoding="utf-8"))["model_type"] == MoeVlmConfig.model_type
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return adapter["auto_mapping"]["base_model_class"] == MoeVlmForConditionalGeneration.__name__
+    except (OSError, ValueError, KeyError, TypeError):  # missing, no JSON, other JSON: another program's
+        return False
 
 
 def swap(incoming: Path, target: Path, old: Path) -> None:
@@ -189,6 +211,7 @@ def swap(incoming: Path, target: Path, old: Path) -> None:
             target.rename(old)
         incoming.rename(target)
         if old.exists():
+            # Never deleted under its own name: what a killed deletion leaves of it would be moved back as if whole.
             old.rename(incoming)
     finally:
         if old.exists() and not target.exists():

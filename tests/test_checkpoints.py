@@ -200,7 +200,17 @@ def test_a_run_killed_between_two_renames_is_put_right_by_the_next(tmp_path):
     assert content(tmp_path / "made") == OLD
 
 
-@pytest.mark.parametrize("files", [{"thesis.tex": "years"}, {"config.json": '{"model_type": "llama"}', "weights": "1"}])
+FOREIGN = [
+    {"thesis.tex": "years"},
+    {"config.json": '{"model_type": "llama"}', "weights": "1"},
+    {"config.json": '{"model_type": "llama", "name": "moevlm"}'},
+    {"config.json": '{"model_type": "moevlm"'},  # no JSON
+    {"config.json": '["moevlm"]'},
+    {"trainer_state.json": "{}"},
+]
+
+
+@pytest.mark.parametrize("files", FOREIGN)
 def test_a_folder_that_is_not_ours_is_not_replaced(files, tmp_path):
     target = written(tmp_path / "made", files)
     with pytest.raises(FileExistsError, match="no model of ours"):
@@ -215,20 +225,61 @@ def test_the_folder_that_the_command_runs_in_is_not_replaced(tmp_path, monkeypat
         replace("..")
 
 
-@pytest.mark.parametrize("name", ["upcycling.json", "downcycling.json", "trainer_state.json", "checkpoint-3"])
-def test_what_commands_leave_counts_as_ours(name, tmp_path):
+LLAMA = {"config.json": '{"model_type": "llama"}'}
+ITS_ADAPTER = {"adapter_config.json": '{"auto_mapping": {"base_model_class": "LlamaForCausalLM"}}'}
+
+
+@pytest.mark.parametrize("files", [LLAMA, ITS_ADAPTER, {"adapter_config.json": '{"auto_mapping": null}'}, {}])
+def test_another_program_s_run_is_not_replaced(files, tmp_path):
     target = tmp_path / "made"
-    if name.startswith("checkpoint"):
-        checkpoint(target, 3)
-    else:
-        written(target, {name: "{}"})
+    saved = written(Path(checkpoint(target, 10)), files)
+    written(target, {"thesis.tex": "years"})
+    with pytest.raises(FileExistsError, match="no model of ours"):
+        replace(target)
+    assert content(saved) == files | {"trainer_state.json": "{}"} and (target / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["upcycling.json", "downcycling.json"])
+def test_what_commands_leave_counts_as_ours(name, tmp_path):
+    target = written(tmp_path / "made", {name: "{}"})
     replace(target)
     assert content(target) == NEW
 
 
-def test_only_numbered_checkpoints_are_a_run_s(tmp_path):
-    (tmp_path / "checkpoint-best").mkdir()
-    (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_checkpoints_of_an_unfinished_run_count_as_ours(lora, tmp_path, model):
+    target = tmp_path / "made"
+    trainer = trainer_of(adapt(model, ModelArguments(lora=True, lora_rank=2)) if lora else model, target)
+    trainer.save_model(str(target / "checkpoint-3"))
+    checkpoint(target, 4, whole=False)  # cut off while saving
+    replace(target)
+    assert content(target) == NEW
+
+
+@pytest.mark.parametrize("there", [OLD, None])
+def test_a_folder_of_the_user_s_own_is_not_in_the_way_of_moving_aside(there, tmp_path):
+    target, mine = tmp_path / "made", written(tmp_path / ".made.old", {"thesis.tex": "years"})
+    if there:
+        written(target, there)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="made.old.*rename it"), whole_folder(str(target), overwrite):
+            pass
+    assert content(mine) == {"thesis.tex": "years"} and target.exists() == bool(there)
+    mine.rename(tmp_path / "mine")
+    replace(target)
+    assert content(target) == NEW
+
+
+def test_an_empty_folder_that_a_killed_run_moved_aside_is_no_hindrance(tmp_path):
+    (tmp_path / ".made.old").mkdir()
+    replace(tmp_path / "made")
+    assert content(tmp_path / "made") == NEW
+
+
+@pytest.mark.parametrize("name", ["checkpoint-best", "checkpoint-10-best"])
+def test_only_numbered_checkpoints_are_a_run_s(name, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "trainer_state.json").write_text("{}")
     assert last_checkpoint(str(tmp_path)) is None
     assert starting_point(arguments(tmp_path)) is None
-    assert (tmp_path / "checkpoint-best").exists()
+    assert (tmp_path / name).exists()
