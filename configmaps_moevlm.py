@@ -44,7 +44,9 @@ def picture_remarks(settings: Mapping[str, Any]) -> list[str]:
         "keeps the proportions": edges or settings.get("max_num_patches"),  # the latter is SigLIP2's NaFlex
     }
     named = [habit for habit, found in habits.items() if found]
-    return [f"the parent's image processor {', '.join(named)}; here each picture is scaled to a square"] * bool(named)
+    if not named:
+        return []
+    return [f"the parent's image processor {', '.join(named)}; here each picture is scaled to a square"]
 
 
 def text_fields(config: PretrainedConfig, notes: list[str]) -> dict[str, Any]:

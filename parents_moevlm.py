@@ -308,20 +308,17 @@ def repair_gguf_tokenizer(tokenizer, parent: Parent) -> None:
 def read_generation_config(parent: Parent) -> GenerationConfig:
     """The parent's generation settings, or those that its config implies.
 
-    Sampling fields without `do_sample`, which 4.57 refuses to save, switch it on; beside `do_sample: false` they go.
+    Sampling fields without `do_sample: true`, which transformers reads as greedy and 4.57 refuses to save, go.
     """
     path = parent.folder / "generation_config.json"
     if parent.gguf_file is None and path.exists():
         settings = GenerationConfig.from_pretrained(parent.folder)
         fields = json.loads(path.read_text(encoding="utf-8"))
-        idle = [name for name, nothing in SAMPLING.items() if fields.get(name) not in (None, nothing)]
-        if idle and "do_sample" not in fields:
-            settings.do_sample = True
-            parent.notes.append(f"generation_config.json has {', '.join(idle)} but no do_sample: it is set to true")
-        elif idle and not fields["do_sample"]:
-            for name in idle:
+        unread = [name for name, nothing in SAMPLING.items() if fields.get(name) not in (None, nothing)]
+        if unread and not fields.get("do_sample"):
+            for name in unread:
                 setattr(settings, name, getattr(GenerationConfig(), name))
-            parent.notes.append(f"generation_config.json has do_sample=false: {', '.join(idle)} is left out")
+            parent.notes.append(f"generation_config.json has no do_sample=true: {', '.join(unread)} is left out")
         return settings
     config = parent.config.get_text_config()
     return GenerationConfig(eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id)

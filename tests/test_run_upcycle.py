@@ -142,7 +142,11 @@ def test_named_chat_templates_leave_the_default_one(parents, tmp_path, command):
 @pytest.mark.parametrize(
     ("fields", "kept", "remark"),
     [
-        ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}, "is set to true"),
+        (
+            {"temperature": 0.9, "top_p": 0.6},
+            {"do_sample": None, "temperature": None},
+            "temperature, top_p is left out",
+        ),
         ({"do_sample": False, "temperature": 0.9}, {"temperature": None}, "temperature is left out"),
         ({"do_sample": True, "top_k": 7}, {"do_sample": True, "top_k": 7}, None),
         ({"temperature": 1.0}, {"do_sample": None}, None),
