@@ -18,7 +18,7 @@ from torch import nn
 
 from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmForConditionalGeneration
-from .summary_moevlm import PARTS, MoeSummary, PartSummary, matrix_entries, part_of
+from .summary_moevlm import PARTS, MoeSummary, PartSummary, matrix_entries, part_configs, part_of, visited
 
 # Bytes a parameter: float32 weights; gradient and the two moments of Adam where it learns.
 WEIGHT, LEARNING = 4, 4 + 8
@@ -86,10 +86,11 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     freezes all and adds its own matrices.
     DDP holds all of it; FSDP2 and ZeRO-3 an N-th, and for a while the largest layer, whole and in half precision, twice
     (the next one is fetched meanwhile) and, in the backward, its gradients; expert parallelism an N-th of the experts
-    and all the rest. Activations: see [`activation_bytes`]; buffers of communication and fragmentation are left out.
+    and all the rest. Activations: see [`activation_bytes`], under LoRA [`adapted_bytes`] too; buffers of communication
+    and fragmentation are left out.
 
     Operations: forward of [`MoeSummary`], at a context of half the sequence on average, of each part times its
-    [`passes`]; those of LoRA's own matrices are left out.
+    [`passes`], under LoRA with the gradients of adapted experts; those of LoRA's own matrices are left out.
     """
     with torch.device("meta"):
         model = MoeVlmForConditionalGeneration(config)
@@ -101,10 +102,12 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     for name, size in adapters.items():
         states[name] += size * (WEIGHT + LEARNING)
     learning = {part_of(name) for name in adapters} or set(PARTS) - set(arguments.freeze)
-    number = passes(learning, arguments)
+    counts = passes(learning, arguments)
     total = sum(states.values())
     experts = sum(size for name, size in states.items() if ".experts." in name)
-    devices, activations = arguments.devices, activation_bytes(config, arguments, number)
+    stacks = {name: prod(model.get_parameter(name).shape) for name in adapters if ".experts." in name}
+    devices, activations = arguments.devices, activation_bytes(config, arguments, counts)
+    activations += adapted_bytes(stacks, arguments)
     gathered = 3 * HALF * largest_layer(model) if devices > 1 else 0
     memory = [
         Memory("DDP", total, 0, activations),
@@ -116,7 +119,11 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     connector = 2 * matrix_entries(model)["connector"] * summary.image_tokens
     forward = {"vision": summary.picture_flops - connector, "connector": connector}
     forward["language"] = summary.flops_per_token(sequence // 2) * sequence
-    flops = sum(forward[part] * number[part] for part in PARTS) // sequence
+    flops = sum(forward[part] * counts[part] for part in PARTS)
+    rows = {"vision": patches_of(config), "connector": summary.image_tokens, "language": sequence}
+    # PEFT adds an adapter to its stack before the product, whose backward then gives the whole stack's gradient.
+    flops += sum(2 * visited(name, size, part_configs(config)) * rows[part_of(name)] for name, size in stacks.items())
+    flops //= sequence
     tokens = devices * arguments.batch_size * sequence
     speed = devices * arguments.peak_tflops * 1e12 * arguments.utilisation / (flops * tokens)
     if size := sum(adapters.values()):
@@ -139,9 +146,28 @@ def passes(learning: set[str], arguments: PlanArguments) -> dict[str, int]:
     activations are computed again; once for the gradient of its weights where they learn all.
     """
     reached = {part for i, part in enumerate(PARTS) if learning & set(PARTS[: i + 1])}
-    whole = set() if arguments.lora_rank else learning
-    again = arguments.gradient_checkpointing
-    return {part: 1 + (1 + again) * (part in reached) + (part in whole) for part in PARTS}
+    own_gradients = set() if arguments.lora_rank else learning
+    backward = 1 + arguments.gradient_checkpointing
+    return {part: 1 + backward * (part in reached) + (part in own_gradients) for part in PARTS}
+
+
+def adapted_bytes(stacks: Mapping[str, int], arguments: PlanArguments) -> int:
+    """Bytes of stacked experts with their adapters added, kept for the backward, and of the largest layer's gradients.
+
+    Both are as large as the stacks themselves, in float32, and counted whole for each device. With checkpointing there
+    is one layer's sum at a time.
+
+    Args:
+        stacks: Sizes of adapted stacks by name.
+
+    Source: PEFT's `ParamWrapper` (0.21), which parametrizes the stack by `baddbmm(W, B, A)`.
+    """
+    layers: dict[str, int] = {}
+    for name, size in stacks.items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = layers.get(layer, 0) + size
+    largest = max(layers.values(), default=0)
+    return WEIGHT * (largest + (largest if arguments.gradient_checkpointing else sum(layers.values())))
 
 
 def state_bytes(parameter: nn.Parameter) -> int:
@@ -155,7 +181,12 @@ def largest_layer(model: MoeVlmForConditionalGeneration) -> int:
     return max(sum(prod(parameter.shape) for parameter in layer.parameters()) for layer in layers)
 
 
-def activation_bytes(config: MoeVlmConfig, arguments: PlanArguments, number: Mapping[str, int]) -> int:
+def patches_of(config: MoeVlmConfig) -> int:
+    """Positions of the tower for one picture, the class token included."""
+    return config.vision_config.patches_per_side**2 + int(config.vision_config.use_class_token)
+
+
+def activation_bytes(config: MoeVlmConfig, arguments: PlanArguments, counts: Mapping[str, int]) -> int:
     """Bytes that the backward needs from the forward, on one device.
 
     In half precision, a decoder layer keeps for each token: 6 D (two norms' inputs and outputs, two sums), the heads'
@@ -166,7 +197,7 @@ def activation_bytes(config: MoeVlmConfig, arguments: PlanArguments, number: Map
     """
     text, vision = config.text_config, config.vision_config
     tokens = arguments.batch_size * arguments.sequence_length
-    patches = arguments.batch_size * (vision.patches_per_side**2 + int(vision.use_class_token))
+    patches = arguments.batch_size * patches_of(config)
     heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
     layers = [
         (tokens, text.hidden_size, 6 * text.hidden_size + heads + feed_forward(text, kind))
@@ -175,13 +206,13 @@ def activation_bytes(config: MoeVlmConfig, arguments: PlanArguments, number: Map
     layers += [
         (patches, vision.hidden_size, 10 * vision.hidden_size + feed_forward(vision, kind))
         for kind in vision.mlp_layer_types
-        if number["vision"] > 1
+        if counts["vision"] > 1
     ]
     logits = 8 * tokens * text.vocab_size
     if not arguments.gradient_checkpointing:
-        return logits + HALF * sum(rows * whole for rows, _, whole in layers)
+        return logits + HALF * sum(rows * inner for rows, _, inner in layers)
     kept = sum(rows * width for rows, width, _ in layers)
-    return logits + HALF * (kept + max(rows * whole for rows, _, whole in layers))
+    return logits + HALF * (kept + max(rows * inner for rows, _, inner in layers))
 
 
 def feed_forward(part, kind: str) -> int:

@@ -7,6 +7,7 @@ import torch
 import transformers
 from conftest import tiny_config
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from moevlm.downcycling_moevlm import DowncycleArguments, count_use, made_smaller
 from moevlm.experts_moevlm import MoeVlmExperts
@@ -558,6 +559,66 @@ def test_a_frozen_tower_keeps_no_activations_and_one_that_learns_does(config, ch
         return plan(config, PlanArguments(gradient_checkpointing=checkpointing, **arguments)).memory[0].activations
 
     assert kept(freeze=["vision"]) == kept(freeze=["vision", "connector"]) < kept() == kept(freeze=["language"])
+
+
+def lora_step(rank, experts=True):
+    """FLOPs of a step under LoRA, bytes kept for its backward in the shape of stacked experts, and its model's config.
+
+    Tower and connector are dense, so that the decoder alone has a backward.
+    """
+    model = dense_model(moe_layers="alternate")
+    config = model.config
+    model.set_experts_implementation("eager")  # plain matrix products, which the counter sees
+    shapes = {p.shape for name, p in model.named_parameters() if ".experts." in name}
+    adapted = adapt(model, ModelArguments(lora=True, lora_rank=rank, lora_experts=experts)).train()
+    parameters, kept = {p.data_ptr() for p in adapted.parameters()}, {}
+
+    def keep(tensor):
+        # One expert's matrix is a view of its stack.
+        whole = tensor if tensor._base is None else tensor._base
+        if whole.shape in shapes and whole.data_ptr() not in parameters:
+            kept[whole.data_ptr()] = whole
+        return tensor
+
+    ids = torch.randint(6, 64, (1, 100))
+    ids[0, 1:5] = config.image_token_id
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        adapted(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32), labels=ids).loss.backward()
+    return counter.get_total_flops(), sum(tensor.nbytes for tensor in kept.values()), config
+
+
+def test_adapted_experts_cost_the_gradients_of_whole_stacks_as_in_peft():
+    (once, kept, config), (twice, _, _) = lora_step(1), lora_step(2)
+    # LoRA's own products grow with the rank; what is left at rank 0 is the model's.
+    without = 2 * lora_step(1, experts=False)[0] - lora_step(2, experts=False)[0]
+    summary = MoeVlmForConditionalGeneration(config).moe_summary()
+    frozen = summary.picture_flops + 2 * summary.flops_per_token(50) * 100
+    planned = counted(config, lora_rank=1, gradient_checkpointing=False) - frozen
+    assert planned == pytest.approx(2 * once - twice - without, abs=100) and planned > 0
+
+    def activations(**arguments):
+        return plan(config, PlanArguments(freeze=["vision"], **arguments)).memory[0].activations
+
+    layers = config.text_config.mlp_layer_types.count("sparse")
+    for checkpointing, sums in ((False, layers), (True, 1)):
+        more = activations(lora_rank=1, gradient_checkpointing=checkpointing)
+        more -= activations(gradient_checkpointing=checkpointing)
+        assert more == kept // layers * (sums + 1)  # and the gradient of one layer's
+
+
+def test_adapted_experts_of_every_part_get_gradients(config):
+    model = MoeVlmForConditionalGeneration(config)
+    summary, side = model.moe_summary(), config.vision_config.patches_per_side
+    rows = {"vision_tower": side**2, "connector": (side // 2) ** 2, "language_model": 100}
+    gradients = sum(
+        p.numel() // 2 * 2 * count  # two of four experts
+        for part, count in rows.items()
+        for name, p in model.named_parameters()
+        if part in name and name.endswith(("experts.gate_up_proj", "experts.up_proj", "experts.down_proj"))
+    )
+    wanted = 2 * (summary.picture_flops + summary.flops_per_token(50) * 100) + gradients
+    assert counted(config, lora_rank=3, gradient_checkpointing=False) == pytest.approx(wanted, abs=100)
 
 
 def test_planned_adapters_are_those_that_peft_makes(config):
