@@ -5,6 +5,7 @@ Shapes: N tokens, D hidden, E experts, F expert width, I width of a dense layer,
 copies of n slices each, c of them kept.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,7 +126,12 @@ def made_smaller(
         raise ValueError(f"model_name_or_path={arguments.model_name_or_path} has no experts to take away: {reason}")
     others = [("tower", "vision."), ("connector", "connector")]
     kept = [part for part, name in others if any(layer.startswith(name) for layer in after)]
-    return state, smaller, [f"the {part} keeps its experts" for part in kept]
+    remarks = [f"the {part} keeps its experts" for part in kept]
+    name = "router_global_entropy_threshold"
+    old, new = (getattr(each.text_config, name) for each in (config, smaller))
+    if old != new:
+        remarks.append(f"the decoder's {name} is lowered from {old} to ln({arguments.to_experts}) = {new:.4f}")
+    return state, smaller, remarks
 
 
 def slices_of(part: Any) -> int:
@@ -188,6 +194,8 @@ def fewer_experts(
     fields = config.part_fields()
     top_k = min(text.num_experts_per_tok, experts)
     fields["text_config"] |= {"num_experts": experts, "num_experts_per_tok": top_k}
+    if (threshold := text.router_global_entropy_threshold) is not None:
+        fields["text_config"]["router_global_entropy_threshold"] = min(threshold, math.log(experts))
     return state, MoeVlmConfig(**fields, image_token_id=config.image_token_id)
 
 

@@ -299,11 +299,12 @@ def account_for(
 def table_of(report: Mapping[str, Any]) -> str:
     """The printed form of a report: differences, keys, parameters, remarks."""
     lines = []
-    for name, row in report["proof"].items():
-        lines.append(
-            f"{name + ':':<10} largest difference to the parent {row['largest_difference']:.2e} at a scale of "
+    for of, rows in (("", report["proof"]), (" of the dense twin", report.get("proof_of_twin", {}))):
+        lines += [
+            f"{name + ':':<10} largest difference{of} to the parent {row['largest_difference']:.2e} at a scale of "
             f"{row['scale']:.3g} ({row['relative']:.1e})"
-        )
+            for name, row in rows.items()
+        ]
     if not report["proof"]:
         lines.append("proof:     skipped")
     for name, keys in report["keys"].items():

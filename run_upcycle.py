@@ -89,8 +89,8 @@ def upcycle():
             "notes": notes + remarks + proof.rounding(twin.dtypes, fresh, dtype),
             "proof": {} if args.skip_proof else proof.prove(model, parents, load_parent, args.vision_feature_layer),
         }
-        proof.refuse_difference(report["proof"], upcycling.kept_outputs(dense, sparse, recipe))
-        if report["proof"] and recipe.mode not in upcycling.IDENTITY_MODES:
+        proof.refuse_difference(report["proof"], kept := upcycling.kept_outputs(dense, sparse, recipe))
+        if report["proof"].keys() - kept:
             # Varied experts hide what went wrong before them; the twin has none.
             model = upcycling.build(upcycling.sparsify(twin, dense, dense, recipe, dtype), dense, dtype)
             report["proof_of_twin"] = proof.prove(model, parents, load_parent, args.vision_feature_layer)

@@ -253,9 +253,14 @@ def test_a_model_that_is_not_its_parent_is_not_written(parents, command, monkeyp
     assert not (tmp_path / "made").exists()
 
 
-def test_noise_is_written_with_its_difference(parents, command):
+def test_noise_is_written_with_its_difference_and_the_proof_of_its_twin(parents, command, capsys):
     made = command("--text", parents / "text", "--vision", parents / "vision", "--mode", "noise", "--noise", "0.1")
     report = json.loads((made / "upcycling.json").read_text())
+    printed = capsys.readouterr().out
+    for name, row in report["proof_of_twin"].items():
+        assert row["relative"] < 1e-4
+        assert re.search(rf"^{name}: +largest difference of the dense twin to the parent .*$", printed, re.MULTILINE)
+    assert report["proof_of_twin"].keys() == {"text", "pictures", "tower"}
     assert report["proof"]["text"]["relative"] > 1e-4
     assert report["proof"]["tower"]["relative"] < 1e-5
     assert report["recipe"]["mode"] == "noise"
@@ -302,6 +307,7 @@ def sparse_text(parents, tmp_path):
 def test_a_sparse_parent_is_adopted_with_proof_whatever_the_mode(sparse_text, parents, command, numbers):
     made = command("--text", sparse_text, "--vision", parents / "vision", *numbers, "--mode", "noise")
     report = json.loads((made / "upcycling.json").read_text())
+    assert "proof_of_twin" not in report  # no layer varies: the model's own proof says it all
     assert all(row["relative"] < 1e-4 for row in report["proof"].values())
     assert any("adopted as they are" in note for note in report["notes"])
 

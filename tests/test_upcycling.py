@@ -1,6 +1,7 @@
 """Experts made of dense layers, taken back, unpacked, exported: against what anyone can compute by hand."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -379,6 +380,18 @@ def test_experts_of_the_connector_that_have_learned_stay_and_this_is_said(batch)
         assert remarks == [f"the {part} keeps its experts" for part in left]
         assert torch.equal(state[down], model.state_dict()[down])
         build(state, config, torch.float32)
+
+
+@pytest.mark.parametrize(("threshold", "experts", "left"), [(1.3, 2, math.log(2)), (0.5, 2, 0.5), (1.3, 0, 1.3)])
+def test_an_entropy_that_fewer_experts_cannot_reach_is_lowered_and_this_is_said(threshold, experts, left, batch):
+    model = upcycled(dense_model(), num_experts=4)
+    model.config.text_config.router_global_entropy_threshold = threshold
+    use, _ = count_use(model, [batch])
+    arguments = DowncycleArguments(model_name_or_path="model", to_experts=experts)
+    _, config, remarks = made_smaller(model.state_dict(), model.config, use, arguments)
+    assert config.text_config.router_global_entropy_threshold == left
+    lowered = "the decoder's router_global_entropy_threshold is lowered from 1.3 to ln(2) = 0.6931"
+    assert remarks == ([lowered] if left != threshold else [])
 
 
 @pytest.mark.parametrize(
