@@ -325,10 +325,8 @@ class MoeVlmTrainer(Trainer):
         counted = labels is not None and all("input_ids" in one for one in batches)
         # Several GPUs in one process would split the two numbers like rows; ranks are those that share the labels' sum.
         if counted and self.router_window.layers and self.args.n_gpu <= 1:
-            image_token = self.model.config.image_token_id
-            total = sum(
-                count_tokens(one["input_ids"], image_token, one.get("attention_mask")) for one in batches
-            )  # (2,)
+            image = self.model.config.image_token_id
+            total = sum(count_tokens(one["input_ids"], image, one.get("attention_mask")) for one in batches)  # (2,)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 total = self.accelerator.gather(total.to(device).unsqueeze(0)).sum(0)
             if layout := getattr(self.accelerator, "parallelism_config", None):
