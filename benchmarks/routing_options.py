@@ -7,7 +7,9 @@
 A run that is there already is not trained again: an interrupted comparison goes on where it stopped, and several
 commands may fill one folder, such as one for each seed on a core of its own (`OMP_NUM_THREADS=1 taskset -c 0 ...`),
 before one with all seeds makes the table. Every run is a `run_finetune.py` with the recipe's architecture and the
-option's fields in its `text_config`. Writes `routing.json` (each run's numbers) and `routing.md` into the folder.
+option's fields in its `text_config`. The time of a training step is measured by itself at the end, all options in turn,
+as runs beside others would tell little about it. Writes `routing.json` (each run's numbers) and `routing.md` into the
+folder.
 """
 
 import json
@@ -16,13 +18,21 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import torch
 import yaml
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moevlm import benchmarking_moevlm as bench  # noqa: E402
+from moevlm.configuration_moevlm import MoeVlmConfig  # noqa: E402
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration  # noqa: E402
+
 # What each changes in the recipe's own router: softmax, top-2 of 8, renormalised, balance and z-loss. The weight of a
 # lone expert is not renormalised: it would always be 1, and the router learn nothing from the answers.
 OPTIONS = {
@@ -56,6 +66,7 @@ class ComparisonArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run each."})
     processes: int = field(default=1, metadata={"help": "Of torchrun; each takes the recipe's batch."})
     extra: str = field(default="", metadata={"help": "More flags of run_finetune.py, in quotes."})
+    seconds: float = field(default=60.0, metadata={"help": "Of measuring the time of a step."})
     output_dir: str = field(default="outputs/routing", metadata={"help": "A folder for each run goes here."})
 
 
@@ -70,9 +81,11 @@ def main():
         if not (folder / "metrics.json").exists():
             train(args, OPTIONS[option], seed, folder)
         found[option].append({"seed": seed, **numbers(folder)})
-    text = table(found)
+    times = step_times(args.recipe, args.options, args.seconds)
+    text = table(found, times)
     (Path(args.output_dir) / "routing.md").write_text(text + "\n", encoding="utf-8")
-    (Path(args.output_dir) / "routing.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    results = {"runs": found, "step_seconds": times, "machine": bench.machine()}
+    (Path(args.output_dir) / "routing.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(text)
 
 
@@ -98,7 +111,7 @@ def train(args, changes, seed, folder):
 
 
 def numbers(folder):
-    """What one run reached: scores by name, its routers' state at the last log, seconds of training."""
+    """What one run reached: scores by name, its routers' state at the last log."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     last = next((entry for entry in reversed(history) if "expert_load" in entry), {"expert_load": {}})
@@ -112,21 +125,47 @@ def numbers(folder):
         # 1 is even; E is one expert for all.
         "largest load": max((max(load) * len(load) / sum(load) for _, load in loads), default=None),
         "entropy": statistics.fmean(entropies) if entropies else None,
-        "seconds": metrics["training"]["train_seconds"],
     }
 
 
-def table(found):
-    """A Markdown table: for each option the mean of its runs, and their range in brackets."""
+def step_times(recipe, options, seconds, rows=16, length=128):
+    """Seconds of a training step of each option, medians of interleaved rounds.
+
+    Args:
+        rows: B of the batch, one picture each.
+        length: S, tokens of a row, image tokens included; all the others are learnt.
+    """
+    runs = {}
+    for option in options:
+        config = MoeVlmConfig.from_dict(architecture(recipe, OPTIONS[option]))
+        model = MoeVlmForConditionalGeneration(config).train()
+        image, seen = config.vision_config, config.image_seq_length
+        ids = torch.randint(10, 500, (rows, length), generator=torch.Generator().manual_seed(0))
+        labels = ids.masked_fill(torch.arange(length) < seen, -100)
+        ids[:, :seen] = config.image_token_id
+        pictures = torch.randn(rows, image.num_channels, image.image_size, image.image_size)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pictures}
+        runs[option] = partial(step, model, torch.optim.AdamW(model.parameters()), batch)
+    return bench.medians(bench.interleaved(runs, seconds))
+
+
+def step(model, optimizer, batch, _):
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def table(found, times):
+    """A Markdown table: for each option the mean of its runs and their range in brackets, and the time of a step."""
     columns = [name for name in next(runs for runs in found.values() if runs)[0] if name != "seed"]
-    lines = ["| router | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    lines = ["| router | runs | " + " | ".join(columns) + " | ms a step |", "|---" * (len(columns) + 3) + "|"]
     for option, runs in found.items():
         cells = []
         for column in columns:
             values = [run[column] for run in runs if run[column] is not None]
             shown = f"{statistics.fmean(values):.2f} ({min(values):.2f} .. {max(values):.2f})" if values else "-"
             cells.append(shown)
-        lines.append(f"| {option} | {len(runs)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {option} | {len(runs)} | " + " | ".join(cells) + f" | {times[option] * 1e3:.0f} |")
     return "\n".join(lines)
 
 
