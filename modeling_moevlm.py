@@ -561,6 +561,10 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         return outputs
 
 
+# Outputs of the model that stand unchanged in those of the model with a head.
+HANDED_ON = ("past_key_values", "hidden_states", "attentions", "image_hidden_states")
+
+
 class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
     """MoeVlm with a language modelling head: captions, answers, dialogue."""
 
@@ -657,12 +661,9 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             **(losses.reported() if losses else {}),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
             router_indices=outputs.router_indices if output_router_logits else None,
-            image_hidden_states=outputs.image_hidden_states,
+            **{name: getattr(outputs, name) for name in HANDED_ON},
         )
 
     # generate() takes inputs_embeds only where they are named here.
