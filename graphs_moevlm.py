@@ -36,10 +36,10 @@ def dense_experts(tokens, experts, weights, gate_up, down, act):
     """Every expert on every token, weighted by 0 where it was not chosen: E/K times the work, and exportable."""
     gate, up = torch.matmul(tokens, gate_up.transpose(1, 2)).chunk(2, dim=-1)  # (E, N, F) both
     outputs = torch.matmul(act(gate) * up, down.transpose(1, 2))  # (E, N, D)
-    return weighted_sum(outputs, experts, weights).to(tokens.dtype)
+    return sum_over_experts(outputs, experts, weights).to(tokens.dtype)
 
 
-def weighted_sum(outputs, experts, weights):
+def sum_over_experts(outputs, experts, weights):
     """What every expert made of every token, `(E, N, D)`, weighted by 0 where it was not chosen: `(N, D)`."""
     num_experts, count, _ = outputs.shape
     shares = weights.new_zeros(count, num_experts + 1).scatter_add(1, experts, weights)[:, :num_experts]
@@ -215,4 +215,4 @@ def opaque_experts(tokens, experts, weights, gate_up, down, act):
 
 
 __all__ = ["batched_experts", "dense_experts", "fits_grouped_mm", "grouped_mm_experts", "opaque_experts"]
-__all__ += ["weighted_sum"]
+__all__ += ["sum_over_experts"]

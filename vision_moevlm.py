@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .base_moevlm import ROUTER_RECORDERS, MoeVlmPreTrainedModel, init, recorded
 from .configuration_moevlm import MoeVlmVisionConfig
 from .experts_moevlm import MoeVlmExperts, MoeVlmSparseBlock
-from .graphs_moevlm import weighted_sum
+from .graphs_moevlm import sum_over_experts
 from .kernels_moevlm import sort_visits
 
 
@@ -203,7 +203,7 @@ class MoeVlmVisionExperts(nn.Module):
         rows = tokens.expand(self.num_experts, -1, -1)  # (E, N, D)
         hidden = self.act_fn(torch.baddbmm(self.up_proj_bias.unsqueeze(1), rows, self.up_proj.transpose(1, 2)))
         outputs = torch.baddbmm(self.down_proj_bias.unsqueeze(1), hidden, self.down_proj.transpose(1, 2))
-        return weighted_sum(outputs, experts, weights)
+        return sum_over_experts(outputs, experts, weights)
 
     def chosen_experts(self, tokens, experts, weights):
         """One expert after the other, on the tokens that chose it."""

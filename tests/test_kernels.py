@@ -310,41 +310,41 @@ def test_a_compiled_block_is_one_graph_and_equals_the_block(implementation):
         torch.testing.assert_close(one, other, **FLOAT32)
 
 
+def compiled_once(block, states):
+    """The output of the block as one graph, and that graph's code."""
+    torch.compiler.reset()
+    codes = []
+
+    def keep(graph, inputs):
+        codes.append(graph.code)
+        return graph
+
+    return torch.compile(block, fullgraph=True, backend=keep)(states), codes[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_p", [None, 0.5])
 @pytest.mark.parametrize("copied_bytes, product", [(0, "grouped"), (experts_moevlm.COPIED_BYTES, "bmm")])
 def test_a_compiled_block_fuses_few_tokens_and_skips_their_spared_visits(
     monkeypatch, copied_bytes, product, dtype, top_p
 ):
-    torch.compiler.reset()
     monkeypatch.setattr(experts_moevlm, "ONE_CALL_PAYS", True)
     monkeypatch.setattr(experts_moevlm, "COPIED_BYTES", copied_bytes)
     block = sparse_block("auto", dtype, num_experts_per_tok=3, router_top_p=top_p)
-    states, graphs = torch.randn(9, 16, dtype=dtype), []
-
-    def keep(graph, inputs):
-        graphs.append(graph.code)
-        return graph
-
+    states = torch.randn(9, 16, dtype=dtype)
     close = FLOAT32 if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}  # as below
     with torch.no_grad():
-        found = torch.compile(block, fullgraph=True, backend=keep)(states)
+        found, code = compiled_once(block, states)
         torch.testing.assert_close(found, block(states), **close)
-    assert product in graphs[0] and "moevlm.experts" not in graphs[0]
+    assert product in code and "moevlm.experts" not in code
 
 
 def test_a_compiled_block_under_autocast_casts_the_visited_experts_only():
-    torch.compiler.reset()
-    block, states, graphs = sparse_block("auto"), torch.randn(9, 16), []
-
-    def keep(graph, inputs):
-        graphs.append(graph.code)
-        return graph
-
+    block, states = sparse_block("auto"), torch.randn(9, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = torch.compile(block, fullgraph=True, backend=keep)(states)
+        found, code = compiled_once(block, states)
         torch.testing.assert_close(found, block(states), rtol=0.05, atol=0.3)
-    assert "moevlm.experts" in graphs[0]
+    assert "moevlm.experts" in code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
