@@ -6,10 +6,11 @@
 
 A run that is there already is not trained again: an interrupted comparison goes on where it stopped, and several
 commands may fill one folder, such as one for each seed on a core of its own (`OMP_NUM_THREADS=1 taskset -c 0 ...`),
-before one with all seeds makes the table. Every run is a `run_finetune.py` with the recipe's architecture and the
-option's fields in its `text_config`. The time of a training step is measured by itself at the end, all options in turn,
-as runs beside others would tell little about it. Writes `routing.json` (each run's numbers) and `routing.md` into the
-folder.
+before one with all seeds makes the table. Nor is a run that stands in `--record`, the `routing.json` of an earlier
+command, perhaps of another machine; `benchmarks/routing-demo.json` holds the runs of docs/recipes.md. Every run is a
+`run_finetune.py` with the recipe's architecture and the option's fields in its `text_config`. The time of a training
+step is measured by itself at the end, all options in turn, as runs beside others would tell little about it. Writes
+`routing.json` (each run's numbers) and `routing.md` into the folder.
 """
 
 import json
@@ -20,6 +21,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Optional
 
 import torch
 import yaml
@@ -67,6 +69,7 @@ class ComparisonArguments:
     processes: int = field(default=1, metadata={"help": "Of torchrun; each takes the recipe's batch."})
     extra: str = field(default="", metadata={"help": "More flags of run_finetune.py, in quotes."})
     seconds: float = field(default=60.0, metadata={"help": "Of measuring the time of a step."})
+    record: Optional[str] = field(default=None, metadata={"help": "A routing.json whose runs are taken as they are."})
     output_dir: str = field(default="outputs/routing", metadata={"help": "A folder for each run goes here."})
 
 
@@ -74,19 +77,28 @@ def main():
     (args,) = HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses()
     if unknown := set(args.options) - set(OPTIONS):
         raise ValueError(f"options={sorted(unknown)} are unknown; take any of {', '.join(OPTIONS)}")
+    machine = bench.machine()
     runs = [(option, seed) for seed in args.seeds for option in args.options]
+    recorded = json.loads(Path(args.record).read_text(encoding="utf-8"))["runs"] if args.record else {}
     found = {option: [] for option in args.options}
     for option, seed in tqdm(runs, desc="training"):
-        folder = Path(args.output_dir) / f"{option.replace(' ', '-')}-{seed}"
-        if not (folder / "metrics.json").exists():
-            train(args, OPTIONS[option], seed, folder)
-        found[option].append({"seed": seed, **numbers(folder)})
+        known = [run for run in recorded.get(option, []) if run["seed"] == seed]
+        found[option] += known or [{"seed": seed, "cpu": machine["cpu"], **reached(args, option, seed)}]
     times = step_times(args.recipe, args.options, args.seconds)
     text = table(found, times)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     (Path(args.output_dir) / "routing.md").write_text(text + "\n", encoding="utf-8")
-    results = {"runs": found, "step_seconds": times, "machine": bench.machine()}
+    results = {"runs": found, "step_seconds": times, "machine": machine}
     (Path(args.output_dir) / "routing.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(text)
+
+
+def reached(args, option, seed):
+    """The numbers of a run, which is made unless it is there."""
+    folder = Path(args.output_dir) / f"{option.replace(' ', '-')}-{seed}"
+    if not (folder / "metrics.json").exists():
+        train(args, OPTIONS[option], seed, folder)
+    return numbers(folder)
 
 
 def architecture(recipe, changes):
@@ -157,7 +169,7 @@ def step(model, optimizer, batch, _):
 
 def table(found, times):
     """A Markdown table: for each option the mean of its runs and their range in brackets, and the time of a step."""
-    columns = [name for name in next(runs for runs in found.values() if runs)[0] if name != "seed"]
+    columns = [name for name in next(runs for runs in found.values() if runs)[0] if name not in ("seed", "cpu")]
     lines = ["| router | runs | " + " | ".join(columns) + " | ms a step |", "|---" * (len(columns) + 3) + "|"]
     for option, runs in found.items():
         cells = []

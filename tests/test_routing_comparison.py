@@ -55,6 +55,24 @@ def test_runs_that_are_there_are_read_and_not_trained_again(tmp_path, monkeypatc
     assert [(each["seed"], each["VQA"]) for each in stored["runs"]["softmax"]] == [(0, 90.0), (1, 92.0)]
 
 
+def test_a_recorded_run_is_taken_as_it_is(tmp_path, monkeypatch):
+    recorded = {"seed": 1, "cpu": "another", "VQA": 92.0, "largest load": None}
+    other = {"seed": 3, "cpu": "another", "VQA": 10.0, "largest load": 8.0}
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps({"runs": {"softmax": [other, recorded]}}))
+    run(tmp_path / "softmax-0", 90.0, [0.5, 0.25, 0.25, 0.0])
+    flags = f"routing_options.py --options softmax --seeds 1 0 --seconds 0 --output_dir {tmp_path} --record {record}"
+    monkeypatch.setattr(sys, "argv", flags.split())
+    monkeypatch.setattr(comparison, "train", None)
+    comparison.main()
+    line = (tmp_path / "routing.md").read_text().splitlines()[2]
+    assert line.startswith("| softmax | 2 | 91.00 (90.00 .. 92.00) | 2.00 (2.00 .. 2.00) |")
+    first, second = json.loads((tmp_path / "routing.json").read_text())["runs"]["softmax"]
+    assert first == recorded
+    assert second["VQA"] == 90.0
+    assert second["cpu"] not in ("", "another")
+
+
 def test_an_unknown_option_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["routing_options.py", "--options", "soft"])
     with pytest.raises(ValueError, match=r"options=\['soft'\] are unknown; take any of softmax, "):
