@@ -4,7 +4,6 @@
 Letters: N tokens, D hidden, E experts.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,12 +200,6 @@ def peak_bytes(run: Callable[[int], Any], device="cpu") -> int:
     return most
 
 
-def release_freed_memory() -> None:
-    """Give back what `kernels_moevlm.keep_freed_memory` kept: the next measurement may need all of the machine's."""
-    with suppress(AttributeError, OSError, TypeError):  # not on Linux with glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def products_case(block, inputs):
     """A function of the round's number: the expert products of our block alone, on rows that lie ready."""
     experts, ready = block.experts, []
@@ -350,5 +342,5 @@ __all__ = [
     "medians",
     "peak_bytes",
 ]
-__all__ += ["picture", "products_case", "release_freed_memory", "renewal", "summary", "table", "training_case"]
+__all__ += ["picture", "products_case", "renewal", "summary", "table", "training_case"]
 __all__ += ["write"]

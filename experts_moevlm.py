@@ -64,8 +64,8 @@ def grouped_mm(experts, hidden_states, top_k_index, top_k_weights):
 FEW_TOKENS = 128
 # On a CPU, in graphs: the weights of all visits, copied, stay near the core.
 COPIED_BYTES = 2**21
-# As in `kernels_moevlm.one_call_pays`: MKL's small products are slow on AMD. Here, because a graph cannot ask the CPU.
-ONE_CALL_PAYS = not this_cpu().amd
+# Dtypes in which `kernels_moevlm.one_call_pays` on this CPU: here, because a graph cannot ask it.
+ONE_CALL = () if this_cpu().beyond_mkl else tuple({torch.bfloat16, torch.float32}.difference(this_cpu().slow))
 
 
 def form_for(tokens, experts, gate_up):
@@ -88,8 +88,8 @@ def form_for(tokens, experts, gate_up):
     if few and torch.compiler.is_compiling() and product_dtype(tokens, gate_up) == gate_up.dtype:
         if experts.numel() * 3 * gate_up.shape[1] // 2 * gate_up.shape[2] * gate_up.itemsize <= COPIED_BYTES:
             return batched_experts
-        fits = fits_grouped_mm(tokens, gate_up, (torch.bfloat16, torch.float32))
-        return grouped_mm_experts if fits and ONE_CALL_PAYS and len(tokens) > 1 else None
+        fits = fits_grouped_mm(tokens, gate_up, ONE_CALL)
+        return grouped_mm_experts if fits and len(tokens) > 1 else None
     return None
 
 

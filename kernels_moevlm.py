@@ -9,7 +9,6 @@ Each `*_experts` function takes `tokens` `(N, D)`, `experts` `(N, K)` (the id E 
 `tokens`: SwiGLU experts (Shazeer 2020, arXiv:2002.05202), weighted and summed.
 """
 
-import ctypes
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import accumulate
@@ -48,8 +47,9 @@ def eager_experts(tokens, experts, weights, gate_up, down, act):
 class Cpu(NamedTuple):
     """What the choice of a product depends on."""
 
-    amd: bool
+    beyond_mkl: bool  # AMD with AVX-512, which MKL does not use there
     native_bfloat16: bool  # PyTorch's own bf16 matrix-vector loop beats oneDNN's, which wants tiles
+    slow: tuple[torch.dtype, ...] = ()  # no instructions for products of these: float32's are several times as fast
 
 
 @cache
@@ -57,7 +57,12 @@ def this_cpu():
     """[`Cpu`] of this machine."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     native = found.get("avx512_bw", False) and not found.get("amx_tile", False)
-    return Cpu("AMD" in found.get("cpu_name", ""), native)
+    slow = []
+    if found.get("architecture") == "x86_64" and torch.backends.mkldnn.is_available():
+        onednn = torch.ops.mkldnn
+        slow += [] if onednn._is_mkldnn_bf16_supported() else [torch.bfloat16]
+        slow += [] if onednn._is_mkldnn_fp16_supported() else [torch.float16]
+    return Cpu("AMD" in found.get("cpu_name", "") and found.get("avx512_f", False), native, tuple(slow))
 
 
 def matrix_vector(matrices, vectors):
@@ -71,7 +76,7 @@ def matrix_vector(matrices, vectors):
         `(V, R)`, perhaps strided.
     """
     on_cpu, columns = vectors.device.type == "cpu", vectors.shape[1]
-    if on_cpu and this_cpu().amd and vectors.dtype == torch.float32 and columns < 4096:
+    if on_cpu and this_cpu().beyond_mkl and vectors.dtype == torch.float32 and columns < 4096:
         return paired_matrix_vector(matrices, vectors)
     out = vectors.new_empty(len(matrices), matrices[0].shape[0])
     native = on_cpu and vectors.dtype == torch.bfloat16 and this_cpu().native_bfloat16
@@ -97,7 +102,7 @@ def without_onednn():
 
 
 def paired_matrix_vector(matrices, vectors):
-    """[`matrix_vector`] as products of two columns: MKL on AMD streams them 1.1 to 2.2 times as fast as gemv."""
+    """[`matrix_vector`] as products of two columns: 1.1 to 2.2 times as fast as MKL's gemv on AMD with AVX-512."""
     rows, columns = matrices[0].shape
     halved = columns >= 2048 and columns % 2 == 0 and matrices[0].is_contiguous()
     if halved:  # two short rows in place of a long one, each with its own half of the vector
@@ -118,13 +123,21 @@ def product(rows, matrix, out=None, exact=True):
     With `exact`, the result does not depend on where the matrix lies in memory, as the forms for few rows do: a model
     that was saved and loaded computes the same bits.
     """
-    if rows.dtype != matrix.dtype or (out is not None and out.dtype != rows.dtype):
-        found = rows @ matrix.to(rows.dtype).t()
-    else:
-        found = cpu_product(rows, matrix, exact) if rows.device.type == "cpu" else None
-        if found is None:
+    matrix = matrix.to(rows.dtype)
+    found = cpu_product(rows, matrix, exact) if rows.device.type == "cpu" else None
+    if found is None:
+        if out is None or out.dtype == rows.dtype:
             return torch.mm(rows, matrix.t(), out=out)
+        found = torch.mm(rows, matrix.t())
     return found if out is None else out.copy_(found)
+
+
+FEW_ROWS = 8  # below, a product takes less than making a float32 copy of its matrix
+
+
+def is_slow(tensor):
+    """Whether this CPU has no instructions for products of the dtype."""
+    return tensor.device.type == "cpu" and tensor.dtype in this_cpu().slow
 
 
 def cpu_product(rows, matrix, exact):
@@ -132,18 +145,22 @@ def cpu_product(rows, matrix, exact):
     count, columns = rows.shape
     if count == 1 and not exact:
         return matrix_vector([matrix], rows)
-    if rows.dtype != torch.float32 or not this_cpu().amd:
+    if is_slow(rows) and count >= FEW_ROWS:
+        return (rows.float() @ matrix.float().t()).to(rows.dtype)
+    if rows.dtype != torch.float32 or not this_cpu().beyond_mkl:
         return None
     if count <= (8 if columns < 512 else 4 if columns < 1024 else 2) and not exact:
         return (matrix @ rows.contiguous().t()).t()
     if count * matrix.numel() >= 2**25:
-        # oneDNN's kernel instead of MKL's, which knows Intel's CPUs better than AMD's.
+        # oneDNN's kernel instead of MKL's.
         return torch.ops.mkldnn._linear_pointwise(rows, matrix, None, "none", [], "")
     return None
 
 
 def write_product(left, right, out):
     """`left @ right` written to `out`, whose dtype may differ (autocast)."""
+    if is_slow(left) and len(right) >= FEW_ROWS:
+        return out.copy_(left.float() @ right.float())
     if left.dtype == right.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     return out.copy_(left @ right)
@@ -202,7 +219,7 @@ def rounded_rows(count):
 
 def rounding_pays(tokens, dtype):
     """Whether products of this dtype are oneDNN's, see [`rounded_rows`]."""
-    return tokens.device.type == "cpu" and dtype != torch.float32
+    return tokens.device.type == "cpu" and dtype != torch.float32 and dtype not in this_cpu().slow
 
 
 def new_rows(visits, like):
@@ -245,11 +262,12 @@ def one_call_pays(rows, counts, gate_up, down):
     better multiplied as a vector where that has a fast form.
     """
     fits = gate_up.shape[2] * rows.element_size() % 16 == 0 and down.shape[2] * rows.element_size() % 16 == 0
-    if not (hasattr(F, "grouped_mm") and rows.device.type == "cpu" and rows.dtype == gate_up.dtype and fits):
+    on_cpu = rows.device.type == "cpu" and rows.dtype == gate_up.dtype and rows.dtype not in this_cpu().slow
+    if not (hasattr(F, "grouped_mm") and on_cpu and fits):
         return False
     hit = len(counts) - counts.count(0)
     least = 1 if rows.dtype == torch.float32 else 2
-    return not this_cpu().amd and least * hit <= len(rows) <= 128 * hit and hit > 1
+    return not this_cpu().beyond_mkl and least * hit <= len(rows) <= 128 * hit and hit > 1
 
 
 def activation_backward(gate, grad, act, out):
@@ -371,22 +389,5 @@ def decode_experts(tokens, experts, weights, gate_up, down, act):
     return matrix_vector([down[expert] for expert in chosen], activated).sum(0, keepdim=True)
 
 
-# Linux, glibc: option numbers of mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-
-
-def keep_freed_memory():
-    """Let the C library keep freed memory for the next training step; whether it could.
-
-    glibc returns blocks above 32 MB to the system at once, such as the gradients of stacked experts, and each step pays
-    for their pages anew: up to a third of a step on a CPU. Elsewhere than on Linux with glibc this does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
 __all__ = ["activation", "combine", "decode_experts", "eager_experts", "forward_experts", "grouped_backward"]
-__all__ += ["grouped_experts", "keep_freed_memory", "product", "product_dtype", "sort_visits", "visit_experts"]
+__all__ += ["grouped_experts", "product", "product_dtype", "sort_visits", "visit_experts"]

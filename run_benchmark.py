@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, logging
 
 from moevlm import benchmarking_moevlm as bench
 from moevlm.configuration_moevlm import MoeVlmConfig
-from moevlm.kernels_moevlm import keep_freed_memory
+from moevlm.memory_moevlm import keep_freed_memory, release_freed_memory
 from moevlm.peers_moevlm import DENSE, OURS, Shape, blocks, can_compile, contestants, text_stacks, vlms
 
 SHAPES = ("256,512,8,2", "576,1536,8,2", "1024,512,32,4", "2048,768,64,8")
@@ -108,7 +108,7 @@ def measure_blocks(args, dtype, shape, kinds):
             if kind in ("training", "memory", "share") and tokens < TRAINED_FROM:
                 continue
             unit, values = measured(args, kind, contestants(compared, kind, shape, tokens), inputs)
-            bench.release_freed_memory()
+            release_freed_memory()
             row = {"kind": kind, **labels, "unit": unit, "values": values}
             if ceilings and kind in ("forward", "graph", "training"):
                 row |= {"floor": bench.floor(kind, compared[OURS], inputs, ceilings), **ceilings._asdict()}

@@ -23,7 +23,7 @@ from moevlm.checkpoints_moevlm import finish, starting_model, starting_point
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
 from moevlm.data_moevlm import load_mixture
 from moevlm.evaluation_moevlm import draw_samples, predict, samples_from, score
-from moevlm.kernels_moevlm import keep_freed_memory
+from moevlm.memory_moevlm import keep_freed_memory
 from moevlm.recipes_moevlm import parse
 from moevlm.reporting_moevlm import headlines, plot_run, run_numbers, table
 from moevlm.tasks_moevlm import draw

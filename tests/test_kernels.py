@@ -4,6 +4,7 @@ Shapes: N tokens, D hidden, E experts, K experts per token, F expert width.
 """
 
 from threading import Event, Thread
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -189,7 +190,8 @@ def test_decoding_copies_no_expert(dtype):
     assert 0 < used < down[0].nbytes / 4
 
 
-CPUS = [kernels.Cpu(amd, native) for amd in (True, False) for native in (True, False)]
+CPUS = [kernels.Cpu(beyond_mkl, native) for beyond_mkl in (True, False) for native in (True, False)]
+WITHOUT_BF16 = kernels.Cpu(False, False, (torch.bfloat16,))
 
 
 @torch.no_grad()
@@ -238,6 +240,23 @@ def test_a_product_is_right_in_every_form(monkeypatch, cpu, exact, count, column
     torch.testing.assert_close(turned, expected, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("count, rounded_once", [(7, False), (8, True)])
+def test_a_cpu_without_bf16_multiplies_many_rows_in_float32(monkeypatch, count, rounded_once):
+    monkeypatch.setattr(kernels, "this_cpu", lambda: WITHOUT_BF16)
+    plain = Mock(wraps=torch.mm)
+    monkeypatch.setattr(torch, "mm", plain)
+    rows, matrix = torch.randn(count, 300).bfloat16(), torch.randn(40, 300).bfloat16()
+    found, out = kernels.product(rows, matrix), torch.empty(count, 40, dtype=torch.bfloat16)
+    expected = (rows.float() @ matrix.float().t()).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0.5)
+    assert torch.equal(kernels.product(rows, matrix, out), found) and torch.equal(out, found)
+    grads, gradient = torch.randn(count, 40).bfloat16(), torch.empty(40, 300, dtype=torch.bfloat16)
+    kernels.write_product(grads.t(), rows, gradient)
+    torch.testing.assert_close(gradient, (grads.t().float() @ rows.float()).bfloat16(), rtol=1e-2, atol=0.5)
+    assert plain.called != rounded_once
+
+
 def test_the_sort_of_visits_is_stable_and_complete():
     experts = torch.tensor([[2, 0], [0, 3], [3, 2]])  # 3 is the id to skip
     found = kernels.sort_visits(experts, 3)
@@ -259,8 +278,11 @@ def test_rounded_rows_keep_the_order_and_point_the_spare_ones_at_the_first_token
     assert [kernels.rounded_rows(count) for count in (0, 1, 16, 17, 256, 257, 1000)] == [0, 1, 16, 32, 256, 320, 1024]
 
 
-def test_an_expert_with_spare_rows_has_the_gradients_of_one_without():
+@pytest.mark.parametrize("cpu", [CPUS[-1], WITHOUT_BF16])
+def test_an_expert_with_spare_rows_or_float32_products_has_the_same_gradients(monkeypatch, cpu):
+    monkeypatch.setattr(kernels, "this_cpu", lambda: cpu)
     inputs = visits(90, torch.bfloat16)  # up to 60 visits an expert
+    assert kernels.rounding_pays(inputs[0], torch.bfloat16) == (cpu is not WITHOUT_BF16)
     assert_same(
         outputs_and_gradients(kernels.grouped_experts, inputs),
         outputs_and_gradients(kernels.eager_experts, inputs),
@@ -279,10 +301,6 @@ def test_the_operators_keep_what_torch_compile_asks_of_them(operator):
 def test_the_grouped_product_keeps_what_torch_compile_asks_of_it():
     ends = torch.tensor([2, 2, 7], dtype=torch.int32)
     torch.library.opcheck(grouped_product_operator, (torch.randn(7, 16), torch.randn(3, 8, 16), ends))
-
-
-def test_memory_of_the_c_library_can_be_kept_or_is_left_alone():
-    assert kernels.keep_freed_memory() in (True, False)
 
 
 def sparse_block(implementation, dtype=torch.float32, **fields):
@@ -328,7 +346,7 @@ def compiled_once(block, states):
 def test_a_compiled_block_fuses_few_tokens_and_skips_their_spared_visits(
     monkeypatch, copied_bytes, product, dtype, top_p
 ):
-    monkeypatch.setattr(experts_moevlm, "ONE_CALL_PAYS", True)
+    monkeypatch.setattr(experts_moevlm, "ONE_CALL", (torch.float32, torch.bfloat16))
     monkeypatch.setattr(experts_moevlm, "COPIED_BYTES", copied_bytes)
     block = sparse_block("auto", dtype, num_experts_per_tok=3, router_top_p=top_p)
     states = torch.randn(9, 16, dtype=dtype)
