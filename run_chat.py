@@ -34,6 +34,7 @@ class ChatArguments:
     web: bool = field(default=False, metadata={"help": "Serve a page with a chat on this machine (needs gradio)."})
     port: int = field(default=7860, metadata={"help": "Of the page."})
     seed: int = field(default=0, metadata={"help": "Of the drawn picture and of sampling."})
+    dtype: str = field(default="auto", metadata={"help": "Of weights: float32, ...; auto is the checkpoint's."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps, ..."})
 
 
@@ -43,7 +44,7 @@ def main():
         raise ImportError("--web needs gradio; run: pip install gradio==5.49.1 (transformers 5: gradio==6.31.0)")
     torch.manual_seed(args.seed)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
-    model = AutoModelForVision2Seq.from_pretrained(args.model_name_or_path).to(args.device).eval()
+    model = AutoModelForVision2Seq.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(args.device).eval()
     if args.web:
         Page(lambda: Conversation(model, processor, args)).launch(args.port)
         return

@@ -1,9 +1,11 @@
 """The chat: what it remembers, whom it mixes up with nobody, and its page."""
 
 import sys
+from copy import deepcopy
 from itertools import cycle
 
 import pytest
+import torch
 from conftest import tiny_config
 from PIL import Image
 
@@ -26,6 +28,24 @@ def begin():
     processor = build_processor(config, tokenizer)
     arguments = ChatArguments(model_name_or_path="", max_new_tokens=4)
     return lambda: Conversation(model, processor, arguments)
+
+
+@pytest.mark.parametrize("flags, dtype", [([], torch.bfloat16), (["--dtype", "float32"], torch.float32)])
+def test_the_weights_are_loaded_as_they_were_saved_or_as_asked(begin, tmp_path, monkeypatch, capsys, flags, dtype):
+    conversation, loaded = begin(), []
+    deepcopy(conversation.model).to(torch.bfloat16).save_pretrained(tmp_path)
+    conversation.processor.save_pretrained(tmp_path)
+
+    class Kept(Conversation):
+        def __init__(self, model, *rest):
+            super().__init__(model, *rest)
+            loaded.append(model)
+
+    monkeypatch.setattr(run_chat, "Conversation", Kept)
+    monkeypatch.setattr(sys, "argv", f"run_chat.py --model_name_or_path {tmp_path} --question eh?".split() + flags)
+    run_chat.main()
+    assert loaded[0].dtype == dtype
+    assert "> eh?" in capsys.readouterr().out
 
 
 def roles_and_parts(conversation):
