@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 @cache
@@ -146,6 +149,10 @@ def cpu_product(rows, matrix, exact):
     if count == 1 and not exact:
         return matrix_vector([matrix], rows)
     if is_slow(rows) and count >= FEW_ROWS:
+        logger.warning_once(
+            f"This CPU has no instructions for products in {rows.dtype}. The experts multiply in float32; all other "
+            "layers will take several times as long as in float32: load with dtype=torch.float32, train without --bf16."
+        )
         return (rows.float() @ matrix.float().t()).to(rows.dtype)
     if rows.dtype != torch.float32 or not this_cpu().beyond_mkl:
         return None

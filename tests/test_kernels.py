@@ -244,8 +244,9 @@ def test_a_product_is_right_in_every_form(monkeypatch, cpu, exact, count, column
 @pytest.mark.parametrize("count, rounded_once", [(7, False), (8, True)])
 def test_a_cpu_without_bf16_multiplies_many_rows_in_float32(monkeypatch, count, rounded_once):
     monkeypatch.setattr(kernels, "this_cpu", lambda: WITHOUT_BF16)
-    plain = Mock(wraps=torch.mm)
+    plain, warned = Mock(wraps=torch.mm), Mock()
     monkeypatch.setattr(torch, "mm", plain)
+    monkeypatch.setattr(kernels.logger, "warning_once", warned)
     rows, matrix = torch.randn(count, 300).bfloat16(), torch.randn(40, 300).bfloat16()
     found, out = kernels.product(rows, matrix), torch.empty(count, 40, dtype=torch.bfloat16)
     expected = (rows.float() @ matrix.float().t()).bfloat16()
@@ -254,7 +255,7 @@ def test_a_cpu_without_bf16_multiplies_many_rows_in_float32(monkeypatch, count, 
     grads, gradient = torch.randn(count, 40).bfloat16(), torch.empty(40, 300, dtype=torch.bfloat16)
     kernels.write_product(grads.t(), rows, gradient)
     torch.testing.assert_close(gradient, (grads.t().float() @ rows.float()).bfloat16(), rtol=1e-2, atol=0.5)
-    assert plain.called != rounded_once
+    assert plain.called != rounded_once and warned.called == rounded_once
 
 
 def test_the_sort_of_visits_is_stable_and_complete():
