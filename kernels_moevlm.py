@@ -158,8 +158,7 @@ def cpu_product(rows, matrix, exact):
         return None
     if count <= (8 if columns < 512 else 4 if columns < 1024 else 2) and not exact:
         return (matrix @ rows.contiguous().t()).t()
-    if count * matrix.numel() >= 2**25:
-        # oneDNN's kernel instead of MKL's.
+    if count * matrix.numel() >= 2**25:  # oneDNN's kernel instead of MKL's
         return torch.ops.mkldnn._linear_pointwise(rows, matrix, None, "none", [], "")
     return None
 
@@ -269,10 +268,11 @@ def one_call_pays(rows, counts, gate_up, down):
     better multiplied as a vector where that has a fast form.
     """
     fits = gate_up.shape[2] * rows.element_size() % 16 == 0 and down.shape[2] * rows.element_size() % 16 == 0
-    on_cpu = rows.device.type == "cpu" and rows.dtype == gate_up.dtype and rows.dtype not in this_cpu().slow
-    if not (hasattr(F, "grouped_mm") and on_cpu and fits):
+    if not (hasattr(F, "grouped_mm") and rows.device.type == "cpu" and rows.dtype == gate_up.dtype and fits):
         return False
     hit = len(counts) - counts.count(0)
+    if is_slow(rows):
+        return hit > 1 and max(counts) < FEW_ROWS
     least = 1 if rows.dtype == torch.float32 else 2
     return not this_cpu().beyond_mkl and least * hit <= len(rows) <= 128 * hit and hit > 1
 

@@ -258,6 +258,13 @@ def test_a_cpu_without_bf16_multiplies_many_rows_in_float32(monkeypatch, count, 
     assert plain.called != rounded_once and warned.called == rounded_once
 
 
+@pytest.mark.parametrize("counts, pays", [([7, 0, 3], True), ([8, 0, 3], False), ([7, 0, 0], False)])
+def test_a_cpu_without_bf16_takes_the_grouped_product_for_few_rows_only(monkeypatch, counts, pays):
+    monkeypatch.setattr(kernels, "this_cpu", lambda: WITHOUT_BF16)
+    rows, gate_up, down = (torch.zeros(*shape).bfloat16() for shape in ((sum(counts), 16), (3, 32, 16), (3, 16, 16)))
+    assert kernels.one_call_pays(rows, counts, gate_up, down) == pays
+
+
 def test_the_sort_of_visits_is_stable_and_complete():
     experts = torch.tensor([[2, 0], [0, 3], [3, 2]])  # 3 is the id to skip
     found = kernels.sort_visits(experts, 3)
