@@ -73,6 +73,14 @@ def test_a_recorded_run_is_taken_as_it_is(tmp_path, monkeypatch):
     assert second["cpu"] not in ("", "another")
 
 
+def test_the_record_of_the_demo_holds_each_run_once():
+    runs = json.loads((ROOT / "benchmarks/routing-demo.json").read_text())["runs"]
+    assert set(runs) <= set(comparison.OPTIONS)
+    for found in runs.values():
+        seeds = [run["seed"] for run in found]
+        assert seeds == sorted(set(seeds)) and all(0 < run["VQA"] < 100 and run["cpu"] for run in found)
+
+
 def test_an_unknown_option_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["routing_options.py", "--options", "soft"])
     with pytest.raises(ValueError, match=r"options=\['soft'\] are unknown; take any of softmax, "):
