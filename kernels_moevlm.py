@@ -151,7 +151,7 @@ def cpu_product(rows, matrix, exact):
     if is_slow(rows) and count >= FEW_ROWS:
         logger.warning_once(
             f"This CPU has no instructions for products in {rows.dtype}. The experts multiply in float32; all other "
-            "layers will take several times as long as in float32: load with dtype=torch.float32, train without --bf16."
+            "layers will take several times as long as in float32: use dtype=torch.float32, and no autocast."
         )
         return (rows.float() @ matrix.float().t()).to(rows.dtype)
     if rows.dtype != torch.float32 or not this_cpu().beyond_mkl:

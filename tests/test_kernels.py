@@ -249,12 +249,13 @@ def test_a_cpu_without_bf16_multiplies_many_rows_in_float32(monkeypatch, count, 
     monkeypatch.setattr(kernels.logger, "warning_once", warned)
     rows, matrix = torch.randn(count, 300).bfloat16(), torch.randn(40, 300).bfloat16()
     found, out = kernels.product(rows, matrix), torch.empty(count, 40, dtype=torch.bfloat16)
-    expected = (rows.float() @ matrix.float().t()).bfloat16()
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0.5)
+    once = (rows.float() @ matrix.float().t()).bfloat16()
+    assert torch.equal(found, once) or not rounded_once
     assert torch.equal(kernels.product(rows, matrix, out), found) and torch.equal(out, found)
     grads, gradient = torch.randn(count, 40).bfloat16(), torch.empty(40, 300, dtype=torch.bfloat16)
     kernels.write_product(grads.t(), rows, gradient)
-    torch.testing.assert_close(gradient, (grads.t().float() @ rows.float()).bfloat16(), rtol=1e-2, atol=0.5)
+    assert torch.equal(gradient, (grads.t().float() @ rows.float()).bfloat16()) or not rounded_once
+    torch.testing.assert_close(found, once, rtol=1e-2, atol=0.1)
     assert plain.called != rounded_once and warned.called == rounded_once
 
 

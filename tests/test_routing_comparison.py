@@ -35,15 +35,25 @@ def run(folder, vqa, load):
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
 
 
-def test_runs_that_are_there_are_read_and_not_trained_again(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """A function that compares runs of "softmax", none of which may be trained: its line of the table, the results."""
+
+    def called(*flags):
+        command = f"routing_options.py --options softmax --seconds 0 --output_dir {tmp_path}"
+        monkeypatch.setattr(sys, "argv", [*command.split(), *flags])
+        monkeypatch.setattr(comparison, "train", None)
+        comparison.main()
+        line = (tmp_path / "routing.md").read_text().splitlines()[2]
+        return line, json.loads((tmp_path / "routing.json").read_text())
+
+    return called
+
+
+def test_runs_that_are_there_are_read_and_not_trained_again(tmp_path, compare, capsys):
     run(tmp_path / "softmax-0", 90.0, [0.5, 0.25, 0.25, 0.0])
     run(tmp_path / "softmax-1", 92.0, [0.25, 0.25, 0.25, 0.25])
-    flags = f"routing_options.py --options softmax --seeds 0 1 --seconds 0 --output_dir {tmp_path}"
-    monkeypatch.setattr(sys, "argv", flags.split())
-    monkeypatch.setattr(comparison, "train", None)
-    comparison.main()
-    line = (tmp_path / "routing.md").read_text().splitlines()[2]
-    stored = json.loads((tmp_path / "routing.json").read_text())
+    line, stored = compare("--seeds", "0", "1")
     milliseconds = 1e3 * stored["step_seconds"]["softmax"]
     assert milliseconds > 0
     assert line == (
@@ -55,19 +65,15 @@ def test_runs_that_are_there_are_read_and_not_trained_again(tmp_path, monkeypatc
     assert [(each["seed"], each["VQA"]) for each in stored["runs"]["softmax"]] == [(0, 90.0), (1, 92.0)]
 
 
-def test_a_recorded_run_is_taken_as_it_is(tmp_path, monkeypatch):
+def test_a_recorded_run_is_taken_as_it_is(tmp_path, compare):
     recorded = {"seed": 1, "cpu": "another", "VQA": 92.0, "largest load": None}
     other = {"seed": 3, "cpu": "another", "VQA": 10.0, "largest load": 8.0}
     record = tmp_path / "record.json"
     record.write_text(json.dumps({"runs": {"softmax": [other, recorded]}}))
     run(tmp_path / "softmax-0", 90.0, [0.5, 0.25, 0.25, 0.0])
-    flags = f"routing_options.py --options softmax --seeds 1 0 --seconds 0 --output_dir {tmp_path} --record {record}"
-    monkeypatch.setattr(sys, "argv", flags.split())
-    monkeypatch.setattr(comparison, "train", None)
-    comparison.main()
-    line = (tmp_path / "routing.md").read_text().splitlines()[2]
+    line, stored = compare("--seeds", "1", "0", "--record", str(record))
     assert line.startswith("| softmax | 2 | 91.00 (90.00 .. 92.00) | 2.00 (2.00 .. 2.00) |")
-    first, second = json.loads((tmp_path / "routing.json").read_text())["runs"]["softmax"]
+    first, second = stored["runs"]["softmax"]
     assert first == recorded
     assert second["VQA"] == 90.0
     assert second["cpu"] not in ("", "another")

@@ -48,6 +48,13 @@ def test_the_weights_are_loaded_as_they_were_saved_or_as_asked(begin, tmp_path, 
     assert "> eh?" in capsys.readouterr().out
 
 
+def test_an_unknown_dtype_is_refused_with_the_known_ones(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "run_chat.py --model_name_or_path nowhere --dtype half".split())
+    with pytest.raises(SystemExit):
+        run_chat.main()
+    assert "invalid choice: 'half' (choose from" in capsys.readouterr().err
+
+
 def roles_and_parts(conversation):
     return [(message["role"], [part["type"] for part in message["content"]]) for message in conversation.messages]
 
