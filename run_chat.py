@@ -19,7 +19,7 @@ from transformers import AutoProcessor, GenerationConfig, HfArgumentParser, Text
 from moevlm import AutoModelForVision2Seq
 from moevlm.scenes_moevlm import captions, picture, scenes
 
-PICTURE_ALONE, DTYPES = "Describe the picture.", ("auto", "float32", "bfloat16", "float16")
+PICTURE_ALONE = "Describe the picture."
 
 
 @dataclass
@@ -34,7 +34,7 @@ class ChatArguments:
     web: bool = field(default=False, metadata={"help": "Serve a page with a chat on this machine (needs gradio)."})
     port: int = field(default=7860, metadata={"help": "Of the page."})
     seed: int = field(default=0, metadata={"help": "Of the drawn picture and of sampling."})
-    dtype: str = field(default="auto", metadata={"help": "Of weights.", "choices": DTYPES})
+    dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16"], "help": "Of weights."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps, ..."})
 
 
