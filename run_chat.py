@@ -34,7 +34,7 @@ class ChatArguments:
     web: bool = field(default=False, metadata={"help": "Serve a page with a chat on this machine (needs gradio)."})
     port: int = field(default=7860, metadata={"help": "Of the page."})
     seed: int = field(default=0, metadata={"help": "Of the drawn picture and of sampling."})
-    dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16"], "help": "Of weights."})
+    dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16", "float16"]})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps, ..."})
 
 
