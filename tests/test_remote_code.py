@@ -52,6 +52,10 @@ for name in heads:
     report[name] = [type(model).__name__, type(model).__module__]
 answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1]:]
 report["answer"] = processor.batch_decode(answer)
+talk = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (40, 30), "red")}]}]
+talk[0]["content"].append({"type": "text", "text": "What is it?"})
+pipe = transformers.pipeline("image-text-to-text", model=source, trust_remote_code=True)
+report["pipeline"] = pipe(text=talk, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
 base = transformers.AutoModel.from_pretrained(source, trust_remote_code=True).eval()
 report["base"] = [type(base).__name__, base(**inputs).last_hidden_state.tolist()]
 config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
@@ -96,8 +100,14 @@ def saved(tmp_path_factory):
     processor.save_pretrained(folder)
     inputs = processor(images=Image.new("RGB", (40, 30), "red"), text=PROMPT, return_tensors="pt")
     answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    talk = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (40, 30), "red")}]}]
+    talk[0]["content"].append({"type": "text", "text": "What is it?"})
+    form = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    asked = processor.apply_chat_template(talk, **form)
+    reply = model.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1] :]
     return {
         "folder": folder,
+        "reply": processor.decode(reply, skip_special_tokens=True),
         "logits": model(**inputs).logits,
         "states": model.model(**inputs).last_hidden_state,
         "answer": processor.batch_decode(answer),
@@ -143,6 +153,10 @@ def test_every_auto_class_gives_our_class_from_the_remote_code(loaded):
 
 def test_remote_numbers_and_answers_equal_ours(loaded, saved):
     assert_same_numbers(loaded[0], saved)
+
+
+def test_a_pipeline_answers_as_generate_does(loaded, saved):
+    assert loaded[0]["pipeline"] == saved["reply"] and saved["reply"]
 
 
 def test_nothing_loads_without_trust(loaded):
