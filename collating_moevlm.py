@@ -1,5 +1,5 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
-"""Records to token sequences with a label mask, and sequences to padded batches.
+"""Records to token sequences with a label mask, sequences to padded batches, and which of them come together.
 
 Labels are -100 everywhere except at the assistant's tokens (the answer and the token that ends it). The independent
 turns of a caption or VQA record are packed: their common prefix, which holds the picture, stands once in the sequence.
@@ -7,11 +7,13 @@ turns of a caption or VQA record are packed: their common prefix, which holds th
 
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Sampler
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .processing_moevlm import to_rgb
@@ -303,3 +305,42 @@ def _too_long(needed: int, max_length: int) -> ValueError:
     return ValueError(
         f"the first turn alone takes {needed} tokens but max_length={max_length}; raise it or leave the record out"
     )
+
+
+class StagedSampler(Sampler):
+    """Row numbers in random order, batches of like lengths; in the first epoch lower stages come first.
+
+    Like lengths save padding. Easy before hard, because a small model that starts with crowded pictures learns to guess
+    before it learns to see (docs/recipes.md).
+
+    Args:
+        lengths: Tokens of each row.
+        stages: Stage of each row.
+        batch_size: Rows of one step over all ranks.
+        seed: Of the order; the same on every rank.
+    """
+
+    WINDOW = 50  # batches sorted by length together
+
+    def __init__(self, lengths: Sequence[int], stages: Sequence[int], *, batch_size: int, seed: int):
+        self.lengths, self.stages = torch.tensor(lengths), torch.tensor(stages)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        if self.epoch == 0:
+            order = order[self.stages[order].argsort(stable=True)]
+        for window in order.split(self.WINDOW * self.batch_size):
+            batches = window[self.lengths[window].argsort(stable=True)].split(self.batch_size)
+            for index in torch.randperm(len(batches), generator=generator).tolist():
+                yield from batches[index].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Trainer calls it before each."""
+        self.epoch = epoch

@@ -28,7 +28,7 @@ from .router_losses_moevlm import router_losses
 from .routing_moevlm import MoeVlmRouter
 from .sparsity_moevlm import SparseConfig  # noqa: F401
 from .summary_moevlm import MoeSummary
-from .vision_moevlm import MoeVlmVisionModel, eager_attention_forward
+from .vision_moevlm import MoeVlmVisionModel, MoeVlmVisionOutput, eager_attention_forward
 
 
 @dataclass
@@ -67,7 +67,7 @@ class MoeVlmOutput(ModelOutput):
 
     Args:
         loss: Language modelling loss plus weighted router losses, when labels were given.
-        logits: `(B, S, V)`.
+        logits: `(B, S, V)`; None under `skip_logits`.
         aux_loss, z_loss, local_entropy_loss, global_entropy_loss: Means over all L sparse layers of the balance loss
             (1.0 = perfect balance), the router z-loss and LIMoE's two.
         expert_load: L tensors `(E,)`, each expert's share of its layer's visits, in the order of `router_logits`.
@@ -210,15 +210,9 @@ class MoeVlmAttention(nn.Module):
         attend = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.o_proj(output.flatten(2)), weights
 
@@ -336,16 +330,6 @@ class MoeVlmTextModel(MoeVlmPreTrainedModel):
         return MoeVlmModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=cache)
 
 
-@dataclass
-class MoeVlmConnectorOutput(ModelOutput):
-    """Outputs of the connector: `last_hidden_state` is `(I, image tokens, D)`; the routers' as in the tower."""
-
-    last_hidden_state: Optional[torch.FloatTensor] = None
-    router_logits: Optional[tuple[torch.FloatTensor, ...]] = None
-    router_indices: Optional[tuple[torch.LongTensor, ...]] = None
-    router_choices: Optional[tuple[torch.LongTensor, ...]] = None
-
-
 class MoeVlmConnector(MoeVlmPreTrainedModel):
     """Pixel shuffle, a projector, and a sparse block behind it if the config has experts."""
 
@@ -388,12 +372,12 @@ class MoeVlmConnector(MoeVlmPreTrainedModel):
         """Turn the tower's patches `(I, P, D_vision)` into the decoder's image tokens.
 
         Returns:
-            [`MoeVlmConnectorOutput`]; `last_hidden_state` is `(I, P / r^2, D)`.
+            [`MoeVlmVisionOutput`]; `last_hidden_state` is `(I, P / r^2, D)`.
         """
         tokens = self.projector(self.pixel_shuffle(features))
         if self.mlp is not None:
             tokens = tokens + self.mlp(self.norm(tokens), num_experts_per_tok=num_experts_per_tok)
-        return MoeVlmConnectorOutput(last_hidden_state=tokens)
+        return MoeVlmVisionOutput(last_hidden_state=tokens)
 
 
 class EncodedImages(NamedTuple):
@@ -561,6 +545,16 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         return outputs
 
 
+def learnt_positions(states, labels):
+    """States `(B, S, D)`, labels `(B, S)` -> states `(n, D)`, next tokens `(n,)` of the n positions that are learnt."""
+    if labels is None:
+        raise ValueError(
+            "skip_logits=True leaves a loss alone, and there are no labels; pass them, or skip_logits=False"
+        )
+    learnt = labels[:, 1:] != -100
+    return states[:, :-1][learnt], labels[:, 1:][learnt]
+
+
 # Outputs of the model that stand unchanged in those of the model with a head.
 HANDED_ON = ("past_key_values", "hidden_states", "attentions", "image_hidden_states")
 
@@ -620,6 +614,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         output_router_logits=None,
         num_experts_per_tok=None,
         logits_to_keep=0,
+        skip_logits=False,
         num_items_in_batch=None,
         num_tokens_in_batch=None,
         **kwargs,
@@ -632,6 +627,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             labels: `(B, S)` token ids, -100 where nothing is to be learnt; shifted inside.
             output_router_logits: Whether to return router logits and, without labels too, the router losses.
             logits_to_keep: 0 for logits of all positions, n for the last n, or a tensor of positions.
+            skip_logits: Whether the loss is all that is wanted: the head then sees only positions that are learnt.
             num_items_in_batch, num_tokens_in_batch: Labels, and text and image tokens `(2,)`, of the global batch.
 
         Returns:
@@ -652,14 +648,18 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             num_experts_per_tok=num_experts_per_tok,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, kept, V)
+        if skip_logits:
+            states, kwargs["shift_labels"] = learnt_positions(outputs.last_hidden_state, labels)  # (n, D), (n,)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            states = outputs.last_hidden_state[:, keep]
+        logits = self.lm_head(states)  # (B, kept, V) or (n, V)
         losses = router_losses(self.config, outputs, attention_mask, num_tokens_in_batch)
         sizes = {"num_items_in_batch": num_items_in_batch, "num_tokens_in_batch": num_tokens_in_batch}
         loss = None if labels is None else self.total_loss(logits, labels, losses, **sizes, **kwargs)
         return MoeVlmOutput(
             loss=loss,
-            logits=logits,
+            logits=None if skip_logits else logits,
             **(losses.reported() if losses else {}),
             router_logits=outputs.router_logits if output_router_logits else None,
             router_indices=outputs.router_indices if output_router_logits else None,

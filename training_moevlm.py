@@ -2,7 +2,7 @@
 """Training: arguments, freezing, learning rates per part, LoRA, and a Trainer that watches answers and routers."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from pyarrow import compute
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
+from .collating_moevlm import StagedSampler
 from .grounding_moevlm import image_words_loss
 from .router_losses_moevlm import count_tokens
 from .summary_moevlm import PARTS as TOWERS
@@ -222,45 +222,6 @@ def adapt(model: nn.Module, arguments: ModelArguments) -> nn.Module:
     return get_peft_model(model, default_lora_config(arguments, model)) if arguments.lora else model
 
 
-class StagedSampler(Sampler):
-    """Row numbers in random order, batches of like lengths; in the first epoch lower stages come first.
-
-    Like lengths save padding. Easy before hard, because a small model that starts with crowded pictures learns to guess
-    before it learns to see (docs/recipes.md).
-
-    Args:
-        lengths: Tokens of each row.
-        stages: Stage of each row.
-        batch_size: Rows of one step over all ranks.
-        seed: Of the order; the same on every rank.
-    """
-
-    WINDOW = 50  # batches sorted by length together
-
-    def __init__(self, lengths: Sequence[int], stages: Sequence[int], *, batch_size: int, seed: int):
-        self.lengths, self.stages = torch.tensor(lengths), torch.tensor(stages)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator)
-        if self.epoch == 0:
-            order = order[self.stages[order].argsort(stable=True)]
-        for window in order.split(self.WINDOW * self.batch_size):
-            batches = window[self.lengths[window].argsort(stable=True)].split(self.batch_size)
-            for index in torch.randperm(len(batches), generator=generator).tolist():
-                yield from batches[index].tolist()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; Trainer calls it before each."""
-        self.epoch = epoch
-
-
 class MoeVlmTrainer(Trainer):
     """A Trainer that scores generated answers, balances and logs the routers, and stops before it saves broken numbers.
 
@@ -345,6 +306,8 @@ class MoeVlmTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         for norm in self.frozen_norms:
             norm.eval()
+        if model.training:
+            inputs = self._without_logits(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         if model.training and self.state.global_step < self.args.image_words_steps and "pixel_values" in inputs:
             loss = loss + self._image_words_loss(model, inputs, outputs) / self.args.gradient_accumulation_steps
@@ -352,6 +315,15 @@ class MoeVlmTrainer(Trainer):
             self.router_window.add(outputs)
             self.balancer.add(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
+        inputs = self._without_logits(inputs) if prediction_loss_only else inputs
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def _without_logits(self, inputs):
+        """The inputs with `skip_logits` unless somebody needs them: over a large vocabulary nothing is larger."""
+        needed = self.label_smoother or self.compute_loss_func or self.args.torch_compile
+        return inputs if needed or "labels" not in inputs else {**inputs, "skip_logits": True}
 
     def _image_words_loss(self, model, inputs, outputs):
         bare = self.accelerator.unwrap_model(model)

@@ -314,6 +314,38 @@ def test_labels_report_router_numbers_even_with_coefficients_of_zero(batch):
     assert output.aux_loss >= 1.0 - 1e-3 and output.z_loss > 0
 
 
+def test_without_logits_loss_and_gradients_are_the_same(tiny, batch):
+    results = []
+    for skip in (False, True):
+        tiny.zero_grad()
+        output = tiny(**batch, skip_logits=skip, num_items_in_batch=7)
+        output.loss.backward()
+        assert (output.logits is None) == skip
+        results.append([output.loss, *(parameter.grad for parameter in tiny.parameters())])
+    assert (batch["labels"] == -100).any()
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_the_head_sees_learnt_positions_alone(tiny, batch):
+    seen = []
+    tiny.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:-1]))
+    tiny(**batch, skip_logits=True)
+    assert seen == [((batch["labels"][:, 1:] != -100).sum(),)]
+
+
+def test_a_row_without_labels_gives_a_gradient_of_zero(tiny, batch):
+    batch["labels"][:] = -100
+    tiny(**batch, skip_logits=True, num_items_in_batch=7).loss.backward()
+    assert torch.equal(tiny.lm_head.weight.grad, torch.zeros_like(tiny.lm_head.weight))
+
+
+def test_a_loss_alone_needs_labels(tiny, batch):
+    batch.pop("labels")
+    with pytest.raises(ValueError, match="skip_logits=True .* no labels"):
+        tiny(**batch, skip_logits=True)
+
+
 def test_the_recorded_indices_are_the_largest_logits(tiny, batch):
     output = tiny(**batch, output_router_logits=True)
     for logits, indices in zip(output.router_logits, output.router_indices):

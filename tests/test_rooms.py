@@ -38,11 +38,14 @@ SHIPPED_MAY_IMPORT = {
     "processing": {"configuration"},
 }
 # The Trainer's guard rails are a file of their own, and stand in every Trainer, whoever builds it. Keys of YAML files
-# are checked, and JSON files read, by one function each.
+# are checked, and JSON files read, by one function each. A Trainer asks for the order in which rows make batches.
 WORKSHOP_EXCEPTIONS = {"data": {"scenes", "dialogues", "records", "sources"}, "dialogues": {"scenes"}}
 WORKSHOP_EXCEPTIONS |= {"sources": {"scenes", "dialogues", "records"}, "tasks": {"records"}, "answers": {"records"}}
-WORKSHOP_EXCEPTIONS |= {"training": {"telemetry", "grounding"}, "grounding": {"collating"}, "peers": {"layouts"}}
-WORKSHOP_EXCEPTIONS |= {"parents": {"configmaps"}}  # the errors and remarks while opening
+WORKSHOP_EXCEPTIONS |= {"training": {"telemetry", "grounding", "collating"}, "grounding": {"collating"}}
+WORKSHOP_EXCEPTIONS |= {
+    "peers": {"layouts"},
+    "parents": {"configmaps"},
+}  # parents: the errors and remarks while opening
 # Besides the standard library: what each user of a transformers model with pictures has installed.
 PACKAGES = {"torch", "transformers", "numpy", "PIL", "tokenizers"}
 

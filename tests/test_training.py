@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import HfArgumentParser, Trainer, TrainerCallback, set_seed
 
 from moevlm.checkpoints_moevlm import finish
-from moevlm.collating_moevlm import MoeVlmCollator, encode_record
+from moevlm.collating_moevlm import MoeVlmCollator, StagedSampler, encode_record
 from moevlm.configuration_moevlm import MoeVlmConfig
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.processing_moevlm import build_processor, train_tokenizer
@@ -26,7 +26,6 @@ from moevlm.training_moevlm import (
     ModelArguments,
     MoeVlmTrainer,
     MoeVlmTrainingArguments,
-    StagedSampler,
     adapt,
     freeze,
     parameter_groups,
@@ -114,6 +113,27 @@ def trainer_of(model, rows, processor, args, **settings):
 
 def losses(trainer):
     return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+# Logits
+
+
+def test_logits_are_made_only_for_those_who_ask(rows, processor, tmp_path):
+    trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path, max_steps=2))
+    made = []
+    trainer.model.lm_head.register_forward_hook(lambda module, args, output: made.append(output.shape[:-1].numel()))
+    trainer.train()
+    trainer.evaluate()
+    learnt = [sum(label != -100 for label in row["labels"][1:]) for row in rows]
+    assert len(made) == 3 and max(made) <= 4 * max(learnt)
+    logits = trainer.predict(rows[:4]).predictions[0]
+    assert logits.shape[:2] == (4, max(len(row["input_ids"]) for row in rows[:4]))
+
+
+@pytest.mark.parametrize("asks", [{"label_smoothing_factor": 0.1}, {"torch_compile": True}])
+def test_who_computes_with_logits_gets_them(asks, rows, processor, tmp_path):
+    trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path, **asks))
+    assert "skip_logits" not in trainer._without_logits({"labels": torch.zeros(1, 2)})
 
 
 # Arguments
