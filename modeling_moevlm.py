@@ -548,9 +548,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
 def learnt_positions(states, labels):
     """States `(B, S, D)`, labels `(B, S)` -> states `(n, D)`, next tokens `(n,)` of the n positions that are learnt."""
     if labels is None:
-        raise ValueError(
-            "skip_logits=True leaves a loss alone, and there are no labels; pass them, or skip_logits=False"
-        )
+        raise ValueError("skip_logits=True leaves the loss alone, which needs labels: pass them, or skip_logits=False")
     learnt = labels[:, 1:] != -100
     return states[:, :-1][learnt], labels[:, 1:][learnt]
 

@@ -342,7 +342,7 @@ def test_a_row_without_labels_gives_a_gradient_of_zero(tiny, batch):
 
 def test_a_loss_alone_needs_labels(tiny, batch):
     batch.pop("labels")
-    with pytest.raises(ValueError, match="skip_logits=True .* no labels"):
+    with pytest.raises(ValueError, match="skip_logits=True .* needs labels"):
         tiny(**batch, skip_logits=True)
 
 

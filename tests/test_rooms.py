@@ -42,10 +42,7 @@ SHIPPED_MAY_IMPORT = {
 WORKSHOP_EXCEPTIONS = {"data": {"scenes", "dialogues", "records", "sources"}, "dialogues": {"scenes"}}
 WORKSHOP_EXCEPTIONS |= {"sources": {"scenes", "dialogues", "records"}, "tasks": {"records"}, "answers": {"records"}}
 WORKSHOP_EXCEPTIONS |= {"training": {"telemetry", "grounding", "collating"}, "grounding": {"collating"}}
-WORKSHOP_EXCEPTIONS |= {
-    "peers": {"layouts"},
-    "parents": {"configmaps"},
-}  # parents: the errors and remarks while opening
+WORKSHOP_EXCEPTIONS |= {"peers": {"layouts"}, "parents": {"configmaps"}}  # the errors and remarks while opening
 # Besides the standard library: what each user of a transformers model with pictures has installed.
 PACKAGES = {"torch", "transformers", "numpy", "PIL", "tokenizers"}
 
