@@ -545,14 +545,6 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         return outputs
 
 
-def learnt_positions(states, labels):
-    """States `(B, S, D)`, labels `(B, S)` -> states `(n, D)`, next tokens `(n,)` of the n positions that are learnt."""
-    if labels is None:
-        raise ValueError("skip_logits=True leaves the loss alone, which needs labels: pass them, or skip_logits=False")
-    learnt = labels[:, 1:] != -100
-    return states[:, :-1][learnt], labels[:, 1:][learnt]
-
-
 # Outputs of the model that stand unchanged in those of the model with a head.
 HANDED_ON = ("past_key_values", "hidden_states", "attentions", "image_hidden_states")
 
@@ -581,6 +573,18 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values, **kwargs):
         """As [`MoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def score_tokens(self, states, labels, logits_to_keep, skip_logits):
+        """States `(B, S, D)` -> logits `(B, kept, V)`; or `(n, V)`, and the n next tokens that are learnt by name."""
+        if not skip_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            return self.lm_head(states[:, keep]), {}
+        if labels is None:
+            raise ValueError(
+                "skip_logits=True leaves the loss alone, which needs labels: pass them, or skip_logits=False"
+            )
+        learnt = labels[:, 1:] != -100
+        return self.lm_head(states[:, :-1][learnt]), {"shift_labels": labels[:, 1:][learnt]}
 
     def total_loss(self, logits, labels, losses, num_items_in_batch=None, num_tokens_in_batch=None, **kwargs):
         """Token loss plus weighted router losses (`losses`, [`RouterLosses`] or None), a scalar.
@@ -646,15 +650,10 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             num_experts_per_tok=num_experts_per_tok,
             **kwargs,
         )
-        if skip_logits:
-            states, kwargs["shift_labels"] = learnt_positions(outputs.last_hidden_state, labels)  # (n, D), (n,)
-        else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            states = outputs.last_hidden_state[:, keep]
-        logits = self.lm_head(states)  # (B, kept, V) or (n, V)
+        logits, learnt = self.score_tokens(outputs.last_hidden_state, labels, logits_to_keep, skip_logits)
         losses = router_losses(self.config, outputs, attention_mask, num_tokens_in_batch)
         sizes = {"num_items_in_batch": num_items_in_batch, "num_tokens_in_batch": num_tokens_in_batch}
-        loss = None if labels is None else self.total_loss(logits, labels, losses, **sizes, **kwargs)
+        loss = None if labels is None else self.total_loss(logits, labels, losses, **sizes, **learnt, **kwargs)
         return MoeVlmOutput(
             loss=loss,
             logits=None if skip_logits else logits,

@@ -237,6 +237,11 @@ class MoeVlmTrainer(Trainer):
                 f"image_words_steps={self.args.image_words_steps} asks the LM head outside of the forward, where FSDP "
                 "and DeepSpeed may hold a part of it; set it to 0, or train with DDP"
             )
+        if self.label_smoother:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} is not for this model: transformers would "
+                "compare each token's scores with that token, not the next, and drop the router losses; set it to 0"
+            )
         self.score_fn = score_fn
         warn_of_unreached_routers(self.model)
         self.router_window = RouterWindow(sparse_layers(self.model.config))
@@ -322,8 +327,8 @@ class MoeVlmTrainer(Trainer):
 
     def _without_logits(self, inputs):
         """The inputs with `skip_logits` unless somebody needs them: over a large vocabulary nothing is larger."""
-        needed = self.label_smoother or self.compute_loss_func or self.args.torch_compile
-        return inputs if needed or "labels" not in inputs else {**inputs, "skip_logits": True}
+        needed = self.compute_loss_func or self.args.torch_compile or "labels" not in inputs
+        return inputs if needed else {**inputs, "skip_logits": True}
 
     def _image_words_loss(self, model, inputs, outputs):
         bare = self.accelerator.unwrap_model(model)

@@ -242,7 +242,7 @@ class MoeVlmVisionLayer(GradientCheckpointingLayer):
 
 @dataclass
 class MoeVlmVisionOutput(ModelOutput):
-    """Outputs of the tower: last hidden state `(I, P, D)`; the rest per layer, when asked for.
+    """Outputs of the tower, and of the connector: last hidden state `(I, P, D)`; the rest per layer, when asked for.
 
     `router_logits` are L tensors `(I*P, E)` in float32, `router_indices` and `router_choices` L tensors `(I*P, K)`.
     """

@@ -132,12 +132,26 @@ def test_logits_are_made_only_for_those_who_ask(rows, processor, tmp_path):
 
 def test_who_computes_with_logits_gets_them(rows, processor, tmp_path):
     inputs = {"labels": torch.zeros(1, 2)}
-    trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path, label_smoothing_factor=0.1))
-    assert trainer._without_logits(inputs) == inputs
     trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path))
     assert trainer._without_logits(inputs)["skip_logits"] and "skip_logits" not in trainer._without_logits({})
     trainer.args.torch_compile = True  # as an argument it would set the environment of all later tests
     assert trainer._without_logits(inputs) == inputs
+
+
+def test_a_loss_function_of_ones_own_sees_all_logits(rows, processor, tmp_path):
+    seen = []
+
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        seen.append(outputs["logits"].shape[:2] == labels.shape)
+        return outputs["logits"].square().mean()
+
+    trainer_of(small_model(), rows, processor, arguments(tmp_path, max_steps=1), compute_loss_func=own_loss).train()
+    assert seen == [True]
+
+
+def test_label_smoothing_which_would_not_shift_is_refused(rows, processor, tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 is not for this model"):
+        trainer_of(small_model(), rows, processor, arguments(tmp_path, label_smoothing_factor=0.1))
 
 
 # Arguments
