@@ -172,6 +172,12 @@ def without_interval(scores: Mapping[str, Any], names: Sequence[str]) -> list[st
     ]
 
 
+def dropped_visits(run: Mapping[str, Any]) -> list[str]:
+    """Notes on what capacities dropped while the model answered: `run["dropped_visits"]`, shares 0..1 by layer."""
+    shares = run.get("dropped_visits", {})
+    return [f"{name} dropped {share:.1%} of its visits for want of capacity" for name, share in shares.items() if share]
+
+
 def _table(columns: Mapping[str, Any]) -> str:
     (_, scores), *others = columns.items()
     header = ["task", "score", "value", "95 % interval", "n", *(COLUMNS.get(name, name) for name, _ in others)]

@@ -38,6 +38,7 @@ from moevlm.evaluation_moevlm import (
 )
 from moevlm.reporting_moevlm import table
 from moevlm.tasks_moevlm import CompareArguments, EvalArguments, draw, load_tasks, with_examples
+from moevlm.telemetry_moevlm import DroppedVisits
 
 ROOT = Path(__file__).resolve().parent
 METRICS = ("cider", "caption_overlap", "vqa_accuracy")
@@ -58,14 +59,14 @@ def main():
         given, wrong = answers.read_answers(Path(args.predictions), samples)
         answers.settle(wrong, skip=args.skip_bad_rows)
         samples = [sample for sample in samples if (sample.task, sample.id) in given]
-        columns, speed = {args.part: [given[one.task, one.id] for one in samples]}, {}
+        columns, told = {args.part: [given[one.task, one.id] for one in samples]}, {}
         problems += wrong
     else:
-        columns, speed = answer(args, tasks, samples, train, state)
+        columns, told = answer(args, tasks, samples, train, state)
     if state.is_main_process:
         columns |= {"question_only": commonest_answers(train, samples)} if args.blind else {}
         problems += answers.empty_answers(samples, columns[args.part])
-        run = asdict(args) | speed | {"processes": state.num_processes, "transformers": transformers.__version__}
+        run = asdict(args) | told | {"processes": state.num_processes, "transformers": transformers.__version__}
         conclude(args, samples, train, columns, run, notes + [str(problem) for problem in problems])
         answers.finish(Path(args.output_dir))
     state.destroy_process_group()
@@ -85,27 +86,26 @@ def read_samples(args, tasks, part):
 
 
 def answer(args, tasks, samples, train, state):
-    """The answers by column, on every rank, each batch on the disk before the next begins; and the model's speed."""
+    """The answers by column, on every rank, each batch on the disk before the next begins; and what that took."""
     model, processor = load_model(args.model_name_or_path, args.dtype, args.device or state.device)
     prompts = with_examples(samples, train, args.num_shots, seed=args.seed) if args.num_shots else samples
     asked = {args.part: prompts}
-    if args.blind:
-        asked |= {"blind": prompts, "text_only": [without_pictures(sample) for sample in prompts]}
+    asked |= {"blind": prompts, "text_only": [without_pictures(sample) for sample in prompts]} if args.blind else {}
     folder, now = Path(args.output_dir), answers.settings_of(args, tasks, prompts)
     known = answers.start(folder, now, resume=args.resume) if state.is_main_process else None
     known = broadcast_object_list([known])[0]
     journal = answers.Journal(folder, state.process_index)
     settings = {"batch_size": args.batch_size, "seed": args.seed}
     settings["max_new_tokens"] = {task.name: args.max_new_tokens or task.max_new_tokens for task in tasks}
-    columns, seconds = {}, {}
+    columns, told, visits = {}, {}, DroppedVisits(model)
     for name, chosen in asked.items():
         start = time.perf_counter()
         memory = {"known": answers.places_of(known, name, chosen), "keep": partial(journal.add, name, chosen)}
         columns[name] = predict(model, processor, chosen, blind=name == "blind", **memory, **settings)
-        seconds[name] = time.perf_counter() - start
+        told[name] = {"seconds": time.perf_counter() - start, "dropped_visits": visits.take()}
     journal.close()
-    rate = (len(samples) - len(answers.places_of(known, args.part, samples))) / seconds[args.part]
-    return columns, {"seconds": seconds[args.part], "answers_per_second": rate}
+    answered = len(samples) - len(answers.places_of(known, args.part, samples))
+    return columns, told[args.part] | {"answers_per_second": answered / told[args.part]["seconds"]}
 
 
 def conclude(args, samples, train, columns, run, notes):
@@ -116,7 +116,7 @@ def conclude(args, samples, train, columns, run, notes):
     scored = {name: score_each(samples, said, metrics, seed=args.seed, rules=rules) for name, said in columns.items()}
     results, said = {name: scores for name, (scores, _) in scored.items()}, columns[args.part]
     details = [answers.detail(*each) for each in zip(samples, said, scored[args.part][1], strict=True)]
-    notes = notes + report.without_interval(results[args.part], args.java_metrics)
+    notes = [*notes, *report.without_interval(results[args.part], args.java_metrics), *report.dropped_visits(run)]
     print("\n".join([table(results), *(f"note: {note}" for note in notes)]))
     kinds = report.by_kind(details, interval)
     figures = report.plot_scores(results, details, kinds)

@@ -6,6 +6,7 @@ Letters: L sparse layers, E experts.
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,6 +95,36 @@ class RouterWindow:
             scalars[f"dropped_tokens_{name}"] = (dropped / batches).item()
             loads[name] = [round(share, 5) for share in load.tolist()]
         return scalars, loads
+
+
+class DroppedVisits:
+    """Counts what capacities drop in every forward from now on, where nobody sees the outputs: in generation.
+
+    Args:
+        model: Any; without a capacity there is nothing to count.
+    """
+
+    def __init__(self, model: nn.Module):
+        routers = routers_of(model)
+        names = sparse_layers(model.config) if routers else ()
+        limited = [(name, router.capacity) for name, router in zip(names, routers, strict=True)]
+        limited = [(name, capacity) for name, capacity in limited if capacity.factor is not None]
+        self.counts = {name: torch.zeros(2, dtype=torch.long, device=model.device) for name, _ in limited}
+        for name, capacity in limited:
+            capacity.register_forward_hook(partial(self.add, name))
+
+    def add(self, name: str, capacity: nn.Module, args: tuple, served: Tensor) -> None:
+        """A forward hook: visits `(N, K)` wanted, the first of `args`, and served."""
+        self.counts[name] += torch.stack([(each < capacity.num_experts).sum() for each in (args[0], served)])
+
+    def take(self) -> dict[str, float]:
+        """Each layer's share of visits dropped on all ranks, 0..1; the count is empty afterwards."""
+        shares = {}
+        for name, counts in self.counts.items():
+            wanted, served = reduce(counts.clone(), reduction="sum").tolist()
+            shares[name] = (wanted - served) / max(wanted, 1)
+            counts.zero_()
+        return shares
 
 
 class LoadBalancer(TrainerCallback):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,6 +349,19 @@ def test_silent_models_are_counted(evaluate, monkeypatch):
     out = evaluate("--max_samples", "2")
     assert read(out, "metrics.json")["problems"][0].startswith("6 empty answers: ")
     assert "6 empty answers" in (out / "report.html").read_text()
+
+
+def test_what_a_capacity_drops_in_generation_is_counted_and_told(evaluate, checkpoint, tmp_path, capsys):
+    limited = shutil.copytree(checkpoint, tmp_path / "limited")
+    config = read(limited, "config.json")
+    config["vision_config"]["expert_capacity_factor"] = 0.5
+    (limited / "config.json").write_text(json.dumps(config))
+    found = read(evaluate(model=str(limited)), "metrics.json")
+    (share,) = found["run"]["dropped_visits"].values()
+    assert 0.5 <= share < 1.0
+    note = f"vision.1 dropped {share:.1%} of its visits for want of capacity"
+    assert note in found["problems"] and f"note: {note}" in capsys.readouterr().out
+    assert read(evaluate(folder="all"), "metrics.json")["run"]["dropped_visits"] == {}
 
 
 def test_the_report_and_its_plots_show_every_task(evaluate):

@@ -11,6 +11,7 @@ from torch import nn
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.summary_moevlm import sparse_layers
 from moevlm.telemetry_moevlm import (
+    DroppedVisits,
     LoadBalancer,
     RouterWindow,
     first_non_finite,
@@ -84,6 +85,18 @@ def test_the_log_tells_what_dynamic_width_and_a_capacity_cost(batch, width):
     assert wanted[0] <= 1.0 and wanted[1] == 2.0 and (wanted[3] == 2.0) == (width == 1.0)
     # 64 choices of 32 patches, 8 visits an expert: even in what is served, not in what is chosen.
     assert scalars["max_load_vision.1"] > 0.26
+
+
+def test_dropped_visits_are_counted_where_nobody_sees_the_outputs(batch):
+    config = tiny_config()
+    config.vision_config.expert_capacity_factor = 0.5
+    model = MoeVlmForConditionalGeneration(config).eval()
+    visits = DroppedVisits(model)
+    first, second = model(**batch, output_router_logits=True), model(**batch, output_router_logits=True)
+    assert visits.take() == {"vision.1": pytest.approx(first.dropped_tokens[0].item())}
+    assert second.dropped_tokens[0] > 0 and visits.take() == {"vision.1": 0.0}
+    assert DroppedVisits(MoeVlmForConditionalGeneration(tiny_config())).take() == {}
+    assert DroppedVisits(torch.nn.Linear(2, 2)).take() == {}
 
 
 # Gradients
