@@ -331,19 +331,28 @@ def varied(layer: FeedForward, recipe: Recipe, generator: torch.Generator) -> Fe
     Drawn anew are the same units in all matrices, from a normal distribution with the mean and the standard deviation
     of what they replace.
 
+    Raises:
+        ValueError: So small a `drop_ratio` that no unit is drawn anew.
+
     Source: Drop-Upcycling (arXiv:2502.19261), sec. 3.2.
     """
     if recipe.mode == "copy":
         return layer
     units = torch.ones(layer.width, dtype=torch.bool)
     if recipe.mode == "drop":
-        chosen = torch.randperm(layer.width, generator=generator)[: round(recipe.drop_ratio * layer.width)]
+        count = round(recipe.drop_ratio * layer.width)
+        if not count:
+            raise ValueError(
+                f"drop_ratio={recipe.drop_ratio} draws none of a layer's {layer.width} units anew; take at least "
+                f"{1 / layer.width:.2g}"
+            )
+        chosen = torch.randperm(layer.width, generator=generator)[:count]
         units = torch.zeros(layer.width, dtype=torch.bool).index_fill(0, chosen, True)
 
     def vary(tensor: Tensor) -> Tensor:
         """`(I, ...)` with its chosen rows varied."""
         old = tensor[units].float()
-        drawn = torch.randn(old.shape, generator=generator) * old.std()
+        drawn = torch.randn(old.shape, generator=generator) * old.std(correction=0)  # 0 of one bias, not NaN
         new = tensor.clone()
         new[units] = (old + recipe.noise * drawn if recipe.mode == "noise" else old.mean() + drawn).to(tensor.dtype)
         return new

@@ -128,6 +128,15 @@ def test_drop_draws_the_same_units_of_all_matrices_anew_with_their_mean_and_devi
         assert abs(new[changed].std() / old[changed].std() - 1) < 0.05
 
 
+def test_drop_of_one_unit_keeps_numbers_and_of_none_is_refused():
+    layer = FeedForward((torch.randn(64, 8), torch.randn(64)), torch.randn(8, 64), torch.randn(8))
+    expert = varied(layer, Recipe(mode="drop", drop_ratio=1 / 64), torch.Generator().manual_seed(0))
+    assert (expert.into[0] != layer.into[0]).any(1).sum() == 1
+    assert all(tensor.isfinite().all() for tensor in (*expert.into, expert.out))
+    with pytest.raises(ValueError, match="drop_ratio=0.005 draws none of a layer's 64 units anew; take at least 0.016"):
+        varied(layer, Recipe(mode="drop", drop_ratio=0.005), torch.Generator().manual_seed(0))
+
+
 def test_slices_sum_to_the_layer():
     gate, up, down, x = torch.randn(12, 4), torch.randn(12, 4), torch.randn(4, 12), torch.randn(5, 4)
 
