@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .configuration_moevlm import MoeVlmConfig
 from .routing_moevlm import MoeVlmRouter
@@ -32,7 +33,7 @@ class DowncycleArguments:
     to_experts: int = field(default=0, metadata={"help": "Experts that a decoder layer keeps; 0: no layer has any."})
     way: str = field(default="drop", metadata={"help": "drop, or merge: what becomes of the other experts."})
     data: str = field(default="configs/data/default.yaml", metadata={"help": "Mixture whose eval part is counted on."})
-    max_samples: int = field(default=128, metadata={"help": "Records to count on."})
+    max_samples: int = field(default=128, metadata={"help": "Most records to count on."})
     batch_size: int = field(default=16, metadata={"help": "Records of a batch."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
 
@@ -41,6 +42,9 @@ class DowncycleArguments:
             raise ValueError(f"way={self.way!r} must be one of {', '.join(WAYS)}")
         if self.to_experts < 0:
             raise ValueError(f"to_experts={self.to_experts} is negative; 0 makes decoder and tower dense")
+        for name in ("max_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1: experts are chosen by their use")
 
 
 @dataclass
@@ -82,7 +86,7 @@ def count_use(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> tupl
     hooks = [module.register_forward_hook(watch(f"{name.removesuffix('gate')}")) for name, module in routers.items()]
     loss, labels = 0.0, 0
     try:
-        for batch in batches:
+        for batch in tqdm(batches, desc="counting visits", unit="batch"):
             mask[0] = batch.get("attention_mask")
             outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
             targets = batch["labels"][:, 1:]
@@ -112,8 +116,15 @@ def made_smaller(
     """State dict and config with fewer experts, or without any, as the arguments say; remarks on what stays.
 
     Raises:
-        ValueError: There is nothing to make smaller; see also [`fewer_experts`] and [`collapsed`].
+        ValueError: There is nothing to make smaller, or no picture by which the tower's experts were used; see also
+            [`fewer_experts`] and [`collapsed`].
     """
+    unused = [block for block in blocks_of(config) if block not in use]
+    if unused and not arguments.to_experts:
+        raise ValueError(
+            f"data={arguments.data}: no picture among the first {arguments.max_samples} records, so nothing tells how "
+            "to weigh the tower's experts; raise max_samples, or give data with pictures"
+        )
     if config.text_config.tie_word_embeddings:
         state = {key: tensor for key, tensor in state.items() if key != "lm_head.weight"}
     if arguments.to_experts:

@@ -12,6 +12,7 @@
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 import torch
 from transformers import AutoProcessor, logging
@@ -127,13 +128,12 @@ def show_plan():
     tied = getattr(configs.get("whole"), "tie_word_embeddings", False)
     dense, notes = dense_config(configs, vocab_size=0, image_token_id=0, tied=tied, **sources.joint)
     config, remarks = upcycling.sparse_config(dense, recipe)
-    print(plan_table(plan(config, arguments), arguments))
-    print("\n".join(notes + remarks))
+    print("\n".join([plan_table(plan(config, arguments), arguments), *notes, *remarks]))
 
 
 def batches_of(args, processor):
     """Encoded and collated batches of the records that a model is made smaller by."""
-    records = load_mixture(args.data, "eval", grouped=True).select(range(args.max_samples))
+    records = islice(load_mixture(args.data, "eval", grouped=True), args.max_samples)
     rows = [{"images": record["images"], **encode_record(record, processor)} for record in records]
     collate = MoeVlmCollator(processor)
     return [collate(rows[start : start + args.batch_size]) for start in range(0, len(rows), args.batch_size)]

@@ -373,6 +373,20 @@ def test_a_copy_is_not_cut(experts, batch):
         smaller(upcycled(dense_model(), **SLICES), [batch], to_experts=experts)
 
 
+def test_a_sparse_tower_needs_pictures_to_be_weighed(batch):
+    model = upcycled(dense_model(), parts=PARTS)
+    words = {"input_ids": torch.tensor([[11, 12, 13]]), "labels": torch.tensor([[11, 12, 13]])}
+    with pytest.raises(ValueError, match="data=.*: no picture among the first 7 records.*raise max_samples"):
+        smaller(model, [words], max_samples=7)
+    assert smaller(model, [words], to_experts=2).config.text_config.num_experts == 2
+
+
+@pytest.mark.parametrize("name", ["max_samples", "batch_size"])
+def test_a_use_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        DowncycleArguments(model_name_or_path="model", **{name: 0})
+
+
 def test_a_factor_on_the_weights_alone_makes_no_slices(batch):
     model = MoeVlmForConditionalGeneration(tiny_config(routed_scaling_factor=2.0)).eval()
     assert smaller(model, [batch], to_experts=3).config.text_config.num_experts == 3
