@@ -17,6 +17,7 @@ import torch
 from transformers import AutoProcessor, GenerationConfig, HfArgumentParser, TextStreamer
 
 from moevlm import AutoModelForVision2Seq
+from moevlm.processing_moevlm import open_image, to_rgb
 from moevlm.scenes_moevlm import captions, picture, scenes
 
 PICTURE_ALONE = "Describe the picture."
@@ -69,7 +70,10 @@ def typed_lines(conversation):
         if line == "/new":
             conversation.messages.clear()
         elif line.startswith("/image "):
-            conversation.show([line.removeprefix("/image ").strip()])
+            try:
+                conversation.show([line.removeprefix("/image ").strip()])
+            except ValueError as error:  # a slip of the hand does not end the conversation
+                print(error)
         else:
             yield line
 
@@ -97,25 +101,21 @@ class Conversation:
         self.messages, self.waiting = [], []
 
     def show(self, images):
-        """Put pictures (paths or PIL) in front of the next question."""
-        self.waiting += [{"type": "image", "image": image} for image in images]
+        """Put pictures (paths or PIL) in front of the next question.
+
+        Raises:
+            ValueError: One does not open; none is put there.
+        """
+        self.waiting += [{"type": "image", "image": image} for image in [to_rgb(open_image(each)) for each in images]]
 
     def ask(self, question, streamer=None):
         """The answer, which is remembered; a `streamer` gets its words as they come."""
-        content = [*self.waiting, {"type": "text", "text": question}]
-        inputs = self.processor.apply_chat_template(
-            [*self.messages, {"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self.model.device)
+        messages = [*self.messages, {"role": "user", "content": [*self.waiting, {"type": "text", "text": question}]}]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = self.processor.apply_chat_template(messages, **options).to(self.model.device)
         output = self.model.generate(**inputs, generation_config=self.generation_config, streamer=streamer)
         answer = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        self.messages += [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         self.waiting = []
         return answer
 

@@ -84,14 +84,27 @@ def test_each_visitor_of_the_page_has_a_conversation_and_an_empty_history_starts
     assert len(page.conversations["ann"].messages) == 2
 
 
-def test_the_prompt_shows_pictures_and_starts_again(begin, monkeypatch):
-    lines = cycle(["/image red.png", "what is it?", "/new", ""])
+def test_the_prompt_shows_pictures_and_starts_again(begin, monkeypatch, capsys, tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    lines = cycle([f"/image {tmp_path}/rad.png", f"/image {tmp_path}/red.png", "what is it?", "/new", ""])
     monkeypatch.setattr(run_chat, "read_line", lambda: next(lines))
     conversation = begin()
     questions = run_chat.typed_lines(conversation)
-    assert next(questions) == "what is it?" and conversation.waiting == [{"type": "image", "image": "red.png"}]
+    assert next(questions) == "what is it?"
+    assert [part["image"].getpixel((0, 0)) for part in conversation.waiting] == [(255, 0, 0)]
+    assert "rad.png' is no picture file" in capsys.readouterr().out
     conversation.messages.append("anything")
     assert list(questions) == [] and conversation.messages == []
+
+
+def test_a_picture_that_does_not_open_leaves_the_page_as_it_was(begin, tmp_path):
+    page, broken = Page(begin), tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    page.answer({"text": "what is it?", "files": []}, [], "ann")
+    with pytest.raises(ValueError, match="broken.png' is no picture file"):
+        page.answer({"text": "and this?", "files": [str(broken)]}, ["earlier turns"], "ann")
+    page.answer({"text": "what is it?", "files": []}, ["earlier turns"], "ann")
+    assert [kinds for _, kinds in roles_and_parts(page.conversations["ann"])] == [["text"]] * 4
 
 
 def test_the_page_without_gradio_says_what_to_install(monkeypatch):
