@@ -126,15 +126,9 @@ def describe(model) -> dict[str, str]:
     """The numbers of a model that its card shows."""
     config: MoeVlmConfig = model.config
     text, vision, connector = config.text_config, config.vision_config, config.connector_config
-    parts = {"vision_tower": vision, "connector": connector, "language_model": text}
-    total, idle = 0, 0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        if ".experts." in name:
-            owner = next(owner for part, owner in parts.items() if f"{part}." in name)
-            idle += parameter.numel() * (owner.num_experts - owner.num_experts_per_tok) // owner.num_experts
+    summary = model.moe_summary()
     return {
-        "Parameters": f"{total:,}, of which {total - idle:,} work on a token",
+        "Parameters": f"{summary.parameters:,}, of which {summary.active_parameters:,} work on a token",
         "Vision tower": f"{_layers(vision)}, {vision.image_size} x {vision.image_size} pixels",
         "Connector": f"{config.image_seq_length} tokens a picture, "
         + (f"{connector.num_experts} experts" if connector.num_experts else "dense"),
