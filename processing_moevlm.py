@@ -108,7 +108,8 @@ class MoeVlmProcessor(ProcessorMixin):
                 picture is a PIL image of any mode and size, a path, an http(s) URL, a data URI, base64 or an array.
             text: One string or a list of them, with one `image_token` for each picture.
             **kwargs: Options of the tokenizer and the image processor (`padding`, `padding_side`, `return_tensors`, …)
-                and `return_mm_token_type_ids`: 1 at image tokens, 0 elsewhere.
+                and `return_mm_token_type_ids`: 1 at image tokens, 0 elsewhere. Texts that all begin with the start
+                token, as chat templates write it, get no second one.
 
         Returns:
             `input_ids` and `attention_mask` (texts, length); with pictures also `pixel_values` (pictures, 3, H, W),
@@ -157,9 +158,12 @@ class MoeVlmProcessor(ProcessorMixin):
         self, texts: list[str], return_mm_token_type_ids=False, return_text_replacement_offsets=False, **text_kwargs
     ) -> dict:
         """Token ids of the texts, every placeholder expanded; `return_text_replacement_offsets` is never needed."""
-        picture = self.replace_image_token({}, 0)
+        start, picture = self.tokenizer.bos_token, self.replace_image_token({}, 0)
+        if start and all(text.startswith(start) for text in texts):  # a chat template wrote it: one is enough
+            text_kwargs.setdefault("add_special_tokens", False)
         features = dict(self.tokenizer([text.replace(self.image_token, picture) for text in texts], **text_kwargs))
-        found = [list(ids).count(self.image_token_id) for ids in features["input_ids"]]
+        rows = features["input_ids"]
+        found = [list(ids).count(self.image_token_id) for ids in rows]
         expected = [text.count(self.image_token) * self.image_seq_length for text in texts]
         if found != expected:
             raise ValueError(
@@ -167,10 +171,8 @@ class MoeVlmProcessor(ProcessorMixin):
                 f"needed {expected}); raise max_length or leave truncation off"
             )
         if "offset_mapping" in features:
-            rows = zip(features["input_ids"], features["offset_mapping"], texts)
-            features["offset_mapping"] = [self._offsets_in_original(*row) for row in rows]
+            features["offset_mapping"] = list(map(self._offsets_in_original, rows, features["offset_mapping"], texts))
         if return_mm_token_type_ids:
-            rows = features["input_ids"]
             features["mm_token_type_ids"] = [[int(token == self.image_token_id) for token in ids] for ids in rows]
         return features
 
@@ -379,10 +381,8 @@ def _make_portable(path: Path) -> None:
 def _grey_bytes(image: Image.Image) -> np.ndarray:
     values = np.nan_to_num(np.asarray(image).astype(np.float64))
     peak = values.max(initial=0)
-    if image.mode.startswith("I;16") or peak > 255:
-        top = max(65535, peak)
-    else:
-        top = 1.0 if image.mode == "F" and peak <= 1 else 255
+    top = 1.0 if image.mode == "F" and peak <= 1 else 255
+    top = max(65535, peak) if image.mode.startswith("I;16") or peak > 255 else top
     return np.rint(values.clip(0) * (255 / top)).astype(np.uint8)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from moevlm.processing_moevlm import MoeVlmProcessor, build_processor, open_image, to_rgb, train_tokenizer
@@ -61,6 +62,17 @@ def test_each_placeholder_becomes_the_picture_tokens(processor):
     (ids,) = batch["input_ids"]
     assert processor.decode(ids) == "<image>" * LENGTH + " and " + "<image>" * LENGTH + "?"
     assert ids.count(processor.image_token_id) == 2 * LENGTH
+
+
+def test_a_start_token_that_a_chat_template_wrote_gets_no_second_one():
+    tokenizer = parent_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    ids = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=ids)
+    processor = build_processor(CONFIG, tokenizer)
+    starts = [processor(text=text)["input_ids"][0].count(ids[0][1]) for text in ("who?", "<s>who?", ["<s>a", "<s>b"])]
+    assert starts == [1, 1, 1]
+    assert processor(text="<s>who?", add_special_tokens=True)["input_ids"][0].count(ids[0][1]) == 2
 
 
 def test_pictures_are_stacked_flat_in_order_of_appearance(processor):
