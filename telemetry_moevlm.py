@@ -107,11 +107,12 @@ class DroppedVisits:
     def __init__(self, model: nn.Module):
         routers = routers_of(model)
         names = sparse_layers(model.config) if routers else ()
-        limited = [(name, router.capacity) for name, router in zip(names, routers, strict=True)]
-        limited = [(name, capacity) for name, capacity in limited if capacity.factor is not None]
-        self.counts = {name: torch.zeros(2, dtype=torch.long, device=model.device) for name, _ in limited}
-        for name, capacity in limited:
-            capacity.register_forward_hook(partial(self.add, name))
+        capacities = {name: router.capacity for name, router in zip(names, routers, strict=True)}
+        self.counts: dict[str, Tensor] = {}
+        for name, capacity in capacities.items():
+            if capacity.factor is not None:
+                self.counts[name] = torch.zeros(2, dtype=torch.long, device=model.device)
+                capacity.register_forward_hook(partial(self.add, name))
 
     def add(self, name: str, capacity: nn.Module, args: tuple, served: Tensor) -> None:
         """A forward hook: visits `(N, K)` wanted, the first of `args`, and served."""
