@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Sampler
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .processing_moevlm import to_rgb
+from .processing_moevlm import start_is_written, to_rgb
 
 IGNORED = -100
 INDEPENDENT_TASKS = ("caption", "vqa")
@@ -177,11 +177,9 @@ def _tokenize(chats: list[list[dict]], processor) -> list[_Tokens]:
     texts, spans = _render(chats, processor)
     for chat, text in zip(chats, texts, strict=True):
         _check_chat(chat, text, processor.image_token)
-    # As in transformers' apply_chat_template: a template that writes the first token itself gets no second one.
-    bos_written = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
     encoded = tokenizer(
         texts,
-        add_special_tokens=not bos_written,
+        add_special_tokens=not start_is_written(tokenizer, texts),
         return_attention_mask=False,
         return_offsets_mapping=True,
         verbose=False,

@@ -119,8 +119,7 @@ def made_smaller(
         ValueError: There is nothing to make smaller, or no picture by which the tower's experts were used; see also
             [`fewer_experts`] and [`collapsed`].
     """
-    unused = [block for block in blocks_of(config) if block not in use]
-    if unused and not arguments.to_experts:
+    if not arguments.to_experts and not blocks_of(config).keys() <= use.keys():
         raise ValueError(
             f"data={arguments.data}: no picture among the first {arguments.max_samples} records, so nothing tells how "
             "to weigh the tower's experts; raise max_samples, or give data with pictures"

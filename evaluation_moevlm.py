@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .processing_moevlm import to_rgb
+from .processing_moevlm import start_is_written, to_rgb
 
 # Limits, not lengths: generation stops at the end token. COCO captions rarely pass 40 tokens, VQA answers 5.
 MAX_NEW_TOKENS = {"caption": 64, "vqa": 16, "chat": 64}
@@ -191,10 +191,8 @@ def _answer(
     model, processor, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], *, max_new_tokens: int
 ) -> list[str]:
     tokenizer = processor.tokenizer
-    # A template that writes the start token itself must not get a second one from the tokenizer.
-    doubled = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-    images = images if any(images) else None
-    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=not doubled)
+    options = {"padding": True, "return_tensors": "pt", "add_special_tokens": not start_is_written(tokenizer, texts)}
+    inputs = processor(text=texts, images=images if any(images) else None, **options)
     dtypes = {name: model.dtype if value.is_floating_point() else None for name, value in inputs.items()}
     inputs = {name: value.to(model.device, dtypes[name]) for name, value in inputs.items()}
     # None silences a checkpoint's sampling settings, which greedy decoding would warn about.

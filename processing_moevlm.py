@@ -108,8 +108,7 @@ class MoeVlmProcessor(ProcessorMixin):
                 picture is a PIL image of any mode and size, a path, an http(s) URL, a data URI, base64 or an array.
             text: One string or a list of them, with one `image_token` for each picture.
             **kwargs: Options of the tokenizer and the image processor (`padding`, `padding_side`, `return_tensors`, …)
-                and `return_mm_token_type_ids`: 1 at image tokens, 0 elsewhere. Texts that all begin with the start
-                token, as chat templates write it, get no second one.
+                and `return_mm_token_type_ids`: 1 at image tokens. A start token that is written gets no second one.
 
         Returns:
             `input_ids` and `attention_mask` (texts, length); with pictures also `pixel_values` (pictures, 3, H, W),
@@ -158,8 +157,8 @@ class MoeVlmProcessor(ProcessorMixin):
         self, texts: list[str], return_mm_token_type_ids=False, return_text_replacement_offsets=False, **text_kwargs
     ) -> dict:
         """Token ids of the texts, every placeholder expanded; `return_text_replacement_offsets` is never needed."""
-        start, picture = self.tokenizer.bos_token, self.replace_image_token({}, 0)
-        if start and all(text.startswith(start) for text in texts):  # a chat template wrote it: one is enough
+        picture = self.replace_image_token({}, 0)
+        if start_is_written(self.tokenizer, texts):
             text_kwargs.setdefault("add_special_tokens", False)
         features = dict(self.tokenizer([text.replace(self.image_token, picture) for text in texts], **text_kwargs))
         rows = features["input_ids"]
@@ -199,10 +198,8 @@ class MoeVlmProcessor(ProcessorMixin):
         names = {"text_kwargs", "images_kwargs", *TextKwargs.__annotations__, *ImagesKwargs.__annotations__}
         call_kwargs = {name: kwargs.pop(name) for name in names - {"return_tensors"} if name in kwargs}
         call_kwargs.update(processor_kwargs or {})
-        if hasattr(ProcessorMixin, "_prepare_processor_kwargs"):
-            kwargs["processor_kwargs"] = call_kwargs
-        else:
-            kwargs.update(call_kwargs)
+        apart = hasattr(ProcessorMixin, "_prepare_processor_kwargs")
+        kwargs |= {"processor_kwargs": call_kwargs} if apart else call_kwargs
         return super().apply_chat_template(_with_parts(conversation), chat_template, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -353,6 +350,11 @@ def open_image(source) -> Image.Image:
         raise ValueError(f"image {str(source)[:100]!r} is no picture file, URL or base64 text: {error}") from error
 
 
+def start_is_written(tokenizer, texts: Iterable[str]) -> bool:
+    """Whether these texts begin with the start token, as some chat templates write it: none is to be added then."""
+    return tokenizer.bos_token is not None and all(text.startswith(tokenizer.bos_token) for text in texts)
+
+
 def _flatten(images) -> list:
     if not isinstance(images, (list, tuple)):
         return [] if images is None else [images]
@@ -391,8 +393,7 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
         array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
         raise ValueError(f"an image array ends up as {array.shape}; pass (H, W), (H, W, C) or (C, H, W), C 1, 3 or 4")
-    if np.issubdtype(array.dtype, np.floating):
-        array = np.rint(array * 255)
+    array = np.rint(array * 255) if np.issubdtype(array.dtype, np.floating) else array
     if array.size and not (array.min() >= 0 and array.max() <= 255):
         raise ValueError("an image array leaves the range 0..1 of floats or 0..255 of integers; scale it")
     array = array.astype(np.uint8)

@@ -106,7 +106,7 @@ class Conversation:
         Raises:
             ValueError: One does not open; none is put there.
         """
-        self.waiting += [{"type": "image", "image": image} for image in [to_rgb(open_image(each)) for each in images]]
+        self.waiting += [{"type": "image", "image": to_rgb(open_image(image))} for image in images]
 
     def ask(self, question, streamer=None):
         """The answer, which is remembered; a `streamer` gets its words as they come."""
