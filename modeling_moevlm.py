@@ -574,17 +574,17 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
         """As [`MoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def score_tokens(self, states, labels, logits_to_keep, skip_logits):
+    def score_tokens(self, states, labels, logits_to_keep, skip_logits, shift_labels=None):
         """States `(B, S, D)` -> logits `(B, kept, V)`; or `(n, V)`, and the n next tokens that are learnt by name."""
         if not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             return self.lm_head(states[:, keep]), {}
         if labels is None:
-            raise ValueError(
-                "skip_logits=True leaves the loss alone, which needs labels: pass them, or skip_logits=False"
-            )
-        learnt = labels[:, 1:] != -100
-        return self.lm_head(states[:, :-1][learnt]), {"shift_labels": labels[:, 1:][learnt]}
+            raise ValueError("skip_logits=True leaves the loss, which needs labels: pass them, or skip_logits=False")
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # (B, S)
+        learnt = shift_labels != -100
+        return self.lm_head(states[learnt]), {"shift_labels": shift_labels[learnt]}
 
     def total_loss(self, logits, labels, losses, num_items_in_batch=None, num_tokens_in_batch=None, **kwargs):
         """Token loss plus weighted router losses (`losses`, [`RouterLosses`] or None), a scalar.
@@ -650,10 +650,12 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             num_experts_per_tok=num_experts_per_tok,
             **kwargs,
         )
-        logits, learnt = self.score_tokens(outputs.last_hidden_state, labels, logits_to_keep, skip_logits)
+        logits, learnt = self.score_tokens(
+            outputs.last_hidden_state, labels, logits_to_keep, skip_logits, kwargs.get("shift_labels")
+        )
         losses = router_losses(self.config, outputs, attention_mask, num_tokens_in_batch)
         sizes = {"num_items_in_batch": num_items_in_batch, "num_tokens_in_batch": num_tokens_in_batch}
-        loss = None if labels is None else self.total_loss(logits, labels, losses, **sizes, **learnt, **kwargs)
+        loss = None if labels is None else self.total_loss(logits, labels, losses, **sizes, **(kwargs | learnt))
         return MoeVlmOutput(
             loss=loss,
             logits=None if skip_logits else logits,

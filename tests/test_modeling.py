@@ -340,6 +340,18 @@ def test_a_row_without_labels_gives_a_gradient_of_zero(tiny, batch):
     assert torch.equal(tiny.lm_head.weight.grad, torch.zeros_like(tiny.lm_head.weight))
 
 
+def test_labels_shifted_by_the_caller_give_the_same_loss(tiny, batch):
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    expected = tiny(**batch, num_items_in_batch=7).loss
+    for skip in (False, True):
+        found = tiny(**batch, shift_labels=shifted, skip_logits=skip, num_items_in_batch=7).loss
+        torch.testing.assert_close(found, expected, **CLOSE)
+    shifted[:, -4:] = -100
+    found = [tiny(**batch, shift_labels=shifted, skip_logits=skip).loss for skip in (False, True)]
+    torch.testing.assert_close(*found, **CLOSE)
+    assert not torch.allclose(found[0], tiny(**batch).loss)
+
+
 def test_a_loss_alone_needs_labels(tiny, batch):
     batch.pop("labels")
     with pytest.raises(ValueError, match="skip_logits=True .* needs labels"):
