@@ -241,12 +241,13 @@ def write(folder: Path, samples: Sequence[Any], details: Sequence[Mapping[str, A
     contents = {}
     for sample, told in zip(samples, details, strict=True):
         key, value = form(sample)
-        # The official files count in integers; other ids stay as they are.
-        row = {key: int(sample.id) if sample.id.isdecimal() else sample.id, value: told["prediction"]}
+        # The official files count in integers; other ids stay as they are, 007 too.
+        number = int(sample.id) if sample.id.isdecimal() else None
+        row = {key: number if str(number) == sample.id else sample.id, value: told["prediction"]}
         contents.setdefault(f"predictions_{sample.task}.json", []).append(row)
-    for old in folder.glob("predictions_*.json"):
-        if old.name not in contents:
-            old.unlink()
+    results_before = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
+    for name in {f"predictions_{task}.json" for task in results_before} - set(contents):
+        (folder / name).unlink(missing_ok=True)
     texts = {name: json.dumps(content, indent=1, ensure_ascii=False) for name, content in contents.items()}
     texts["samples.jsonl"] = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in details)
     texts["metrics.json"] = json.dumps(results, indent=1, ensure_ascii=False)

@@ -34,7 +34,7 @@ def mixture_parts(path: str | Path) -> list[str]:
 
 
 def load_mixture(
-    path: str | Path, part: str, *, grouped: bool, skip_bad_rows: bool = False
+    path: str | Path, part: str, *, grouped: bool, skip_bad_rows: bool = False, most_of_a_stream: int | None = None
 ) -> Dataset | IterableDataset:
     """Give the records of one part of a mixture file; an IterableDataset if any of its sources streams.
 
@@ -44,6 +44,7 @@ def load_mixture(
         grouped: For training: all questions (or captions) of a picture are turns of one record. Otherwise, for scoring:
             one record a question (or captioned picture), with its `answers` (or `references`).
         skip_bad_rows: Leave out rows that cannot be used and log how many, instead of raising.
+        most_of_a_stream: Only so many records of each source that streams.
 
     Raises:
         ValueError: For an unknown key, a value out of bounds, a bad row: each names its place and the way out.
@@ -59,7 +60,8 @@ def load_mixture(
     parts = []
     for entry in entries:
         if getattr(entry, "streaming", False):
-            parts.append(entry.stream(grouped=grouped, skip=skip_bad_rows))
+            stream = entry.stream(grouped=grouped, skip=skip_bad_rows)
+            parts.append(stream if most_of_a_stream is None else stream.take(most_of_a_stream))
         else:
             stored = _stored(entry, grouped=grouped, skip=skip_bad_rows)
             parts.append(_for_training(stored, entry) if part == "train" else stored)

@@ -98,7 +98,7 @@ def _record_samples(record: Mapping[str, Any], read_images: Callable[[], list[Im
             metric=METRICS[task],
             read_images=read_images,
             prompt=messages[:place],
-            target=messages[place]["content"][0]["text"],
+            target="".join(part["text"] for part in messages[place]["content"]),
             references=record.get("references") or (),
             answers=record.get("answers") or (),
             question_type=record.get("question_type"),

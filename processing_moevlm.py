@@ -213,10 +213,8 @@ class MoeVlmProcessor(ProcessorMixin):
 
     def to_dict(self, **kwargs) -> dict:
         """What processor_config.json holds."""
-        output = super().to_dict(**kwargs)
         # transformers 5 nests the image processor here, and 4.57 then refuses the file.
-        output.pop("image_processor", None)
-        return output
+        return {name: value for name, value in super().to_dict(**kwargs).items() if name != "image_processor"}
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list:
         """Write the file set that both transformers lines load, this code included."""
@@ -319,7 +317,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             rgba = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         name = getattr(image, "filename", "") or "in memory"
         raise ValueError(f"picture {name} (mode {image.mode}) does not open: {error}; replace it") from error
 
@@ -327,15 +325,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def open_image(source) -> Image.Image:
     """The picture behind a PIL image, a path, an http(s) URL, a data URI, base64 text or an array.
 
-    Arrays are `(H, W)`, `(H, W, C)` or `(C, H, W)`: 8-bit integers, or floats in 0..1.
+    Arrays are `(H, W)`, `(H, W, C)` or `(C, H, W)`: 8-bit integers, or floats or booleans in 0..1.
 
     Raises:
         ValueError: There is no such file, or it is not a picture, or the source is of another type.
     """
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _image_from_array(np.asarray(source))
+    if isinstance(source, torch.Tensor):  # numpy knows no bfloat16
+        source = (source.float() if source.is_floating_point() else source).numpy(force=True)
+    if isinstance(source, np.ndarray):
+        return _image_from_array(source)
     if not isinstance(source, (str, Path)):
         raise ValueError(f"an image is a {type(source).__name__}; pass a PIL image, a path, a URL or an array")
     try:
@@ -345,8 +345,8 @@ def open_image(source) -> Image.Image:
             with urlopen(source, timeout=30) as response:
                 return Image.open(BytesIO(response.read()))
         encoded = source.partition("base64,")[2] if source.startswith("data:image/") else source
-        return Image.open(BytesIO(base64.b64decode(encoded, validate=True)))
-    except (OSError, ValueError) as error:
+        return Image.open(BytesIO(base64.b64decode("".join(encoded.split()), validate=True)))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {str(source)[:100]!r} is no picture file, URL or base64 text: {error}") from error
 
 
@@ -393,7 +393,7 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
         array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
         raise ValueError(f"an image array ends up as {array.shape}; pass (H, W), (H, W, C) or (C, H, W), C 1, 3 or 4")
-    array = np.rint(array * 255) if np.issubdtype(array.dtype, np.floating) else array
+    array = np.rint(array * 255.0) if array.dtype == bool or np.issubdtype(array.dtype, np.floating) else array
     if array.size and not (array.min() >= 0 and array.max() <= 255):
         raise ValueError("an image array leaves the range 0..1 of floats or 0..255 of integers; scale it")
     array = array.astype(np.uint8)

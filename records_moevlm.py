@@ -23,8 +23,7 @@ from PIL import Image
 
 # Decoding finds a truncated JPEG, opening does not; but decoding all of a large set would take many minutes.
 PICTURES_DECODED = 5000
-# What a column of a table teaches, in the order in which a table with several is read.
-LEARNED = {"messages": "chat", "answers": "vqa", "answer": "vqa", "captions": "caption", "caption": "caption"}
+IMAGE_MARKER = "<image>"  # what chat templates write for a picture
 FEATURES = Features(
     {
         "images": List(datasets.Image()),
@@ -81,7 +80,10 @@ class Rows:
             self.skipped.append(f"{place}: {error}")
 
     def record(self, unit: Unit) -> dict[str, Any]:
-        """Check a unit's pictures and give its record."""
+        """Check a unit's texts and pictures, and give its record."""
+        parts = [part for message in unit.fields["messages"] for part in message["content"]]
+        if any(IMAGE_MARKER in part.get("text", "") for part in parts):
+            raise RowError(f"has {IMAGE_MARKER} in a text, where no picture can stand; take it out")
         return dict.fromkeys(FEATURES) | unit.fields | {"images": [self._picture(value) for value in unit.pictures]}
 
     def _picture(self, value: Any) -> Any:
@@ -193,6 +195,8 @@ def chat_unit(place: str, id: Any, images: list[Any], messages: Any, refers_back
         raise RowError(
             f"has the roles {roles}; write user and assistant in turn (after an optional system), answer last"
         )
+    if any(part["type"] == "image" for message in parsed for part in message["content"] if message["role"] != "user"):
+        raise RowError("has a picture outside the user's turns; move it into the question before")
     shown = sum(part["type"] == "image" for message in parsed for part in message["content"])
     if shown != len(images):
         raise RowError(f"has {len(images)} images but {shown} <image> markers; write one marker for each image")
@@ -205,8 +209,8 @@ def chat_unit(place: str, id: Any, images: list[Any], messages: Any, refers_back
 def _content(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message.get("content")
     if isinstance(content, str):
-        parts = [part.strip() for part in re.split("(<image>)", content)]
-        content = [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in parts if p]
+        parts = [part.strip() for part in re.split(f"({IMAGE_MARKER})", content)]
+        content = [{"type": "image"} if p == IMAGE_MARKER else {"type": "text", "text": p} for p in parts if p]
     if not isinstance(content, list) or not content:
         raise RowError(f"has a message with the content {message.get('content')!r}; write a text there")
     for part in content:
@@ -268,27 +272,6 @@ def value_of(place: str, value: Any, kind: Any, folder: Path, choices: tuple | N
     return folder / value
 
 
-def row_units(
-    place: str, row: dict[str, Any], task: str | None, folder: Path, prompt: str, *, grouped: bool
-) -> list[Unit]:
-    """Give the units of a table's row, whose columns bear our names; relative paths are in the folder."""
-    images = row["images"] if row.get("images") else [row["image"]] if row.get("image") is not None else []
-    images = [folder / image if isinstance(image, str) and "://" not in image else image for image in images]
-    column = next(name for name, teaches in LEARNED.items() if name in row and task in (None, teaches))
-    task = LEARNED[column]
-    if task == "chat":
-        return [chat_unit(place, row["id"], images, row["messages"])]
-    if len(images) != 1:
-        raise RowError(f"has {len(images)} pictures, and a {task} row needs one; give it one")
-    texts = answers_in(row[column])
-    if task == "caption":
-        return [caption_unit(place, row["id"], images[0], texts, prompt, grouped=grouped)]
-    main = row["answer"] if isinstance(row.get("answer"), str) and row["answer"] else most_common(texts)
-    types = (row.get("question_type"), row.get("answer_type"))
-    asked = Asked(place, str(row["id"]), need(row, "question"), main, texts * (10 if len(texts) == 1 else 1), *types)
-    return list(vqa_units(row["id"], images[0], [asked], grouped=grouped))
-
-
 def check_known(place: str, name: Any, known: Iterable[Any]) -> None:
     """Raise for a name that is not known, with the known ones and a guess."""
     known = list(known)
@@ -309,11 +292,19 @@ def parsed(line: str) -> dict[str, Any]:
     return row
 
 
+def read_text(path: Path) -> str:
+    """Give what a text file holds."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error}); save it as such") from None
+
+
 def read_json(path: Path) -> Any:
     """Give what a JSON file holds."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path}: is not valid JSON ({error}); write it again") from None
 
 
@@ -325,11 +316,16 @@ def listed(path: Path, key: str) -> list[tuple[str, Any]]:
     return [(f"{path}: {key}[{number}]", row) for number, row in enumerate(content[key])]
 
 
+def written(value: Any) -> str:
+    """Give a value of a table as its author wrote it: one blank cell makes 3.0 of every 3 in a column."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+
+
 def answers_in(value: Any) -> list[str]:
     """Give the texts of an answer, of a list of answers (empty ones are padding), or of VQAv2's list of {"answer"}."""
     values = value if isinstance(value, list) else [value]
     texts = [one.get("answer") if isinstance(one, dict) else one for one in values]
-    texts = [str(text).strip() for text in texts if isinstance(text, str | int | float)]
+    texts = [written(text) for text in texts if isinstance(text, str | int | float)]
     if not any(texts):
         raise RowError(f"has no answer ({value!r}); give it one")
     return [text for text in texts if text or isinstance(values[0], dict)]  # VQAv2: an annotator without an answer

@@ -148,7 +148,7 @@ def page(
     for task in scores:
         body.append(f"<h2>{escape(task)}</h2>")
         for name, figure in figures.items():
-            if name.rpartition(".")[0].startswith(f"{task}_"):
+            if name in {f"{task}_{what}.png" for what in ("spread", *KINDS)}:
                 body.append(f'<img class="plot" alt="{escape(name)}" src="{_embedded(figure, "png")}">')
         places = [place for place, row in enumerate(rows) if row["task"] == task]
         worst, best = _extremes(rows, places, count)

@@ -11,6 +11,7 @@ pictures can be dragged; it needs gradio: `pip install gradio==5.49.1`, on trans
 
 import importlib.util
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -51,10 +52,12 @@ def main():
         return
     conversation = Conversation(model, processor, args)
     conversation.show(args.image or [drawn_picture(args.seed)])
-    for question in args.question or typed_lines(conversation):
-        if args.question:
-            print(f"> {question}")
-        conversation.ask(question, TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for question in args.question:
+        print(f"> {question}")
+        conversation.ask(question, streamer)
+    if not args.question:
+        answer_the_keyboard(conversation, streamer)
 
 
 def drawn_picture(seed):
@@ -64,25 +67,19 @@ def drawn_picture(seed):
     return picture(scene)
 
 
-def typed_lines(conversation):
-    """Questions from the keyboard; commands are carried out here."""
-    while line := read_line():
-        if line == "/new":
-            conversation.messages.clear()
-        elif line.startswith("/image "):
+def answer_the_keyboard(conversation, streamer=None):
+    """Answer questions and carry out commands, up to an empty line or the end of the input."""
+    with suppress(EOFError):
+        while line := input("> ").strip():
             try:
-                conversation.show([line.removeprefix("/image ").strip()])
+                if line == "/new":
+                    conversation.messages.clear()
+                elif line.startswith("/image "):
+                    conversation.show([line.removeprefix("/image ").strip()])
+                else:
+                    conversation.ask(line, streamer)
             except ValueError as error:  # a slip of the hand does not end the conversation
                 print(error)
-        else:
-            yield line
-
-
-def read_line():
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
 
 
 class Conversation:
@@ -91,12 +88,13 @@ class Conversation:
     def __init__(self, model, processor, args):
         self.model, self.processor = model, processor
         self.generation_config = GenerationConfig.from_model_config(model.config)
+        ends, tokenizer = model.generation_config.eos_token_id, processor.tokenizer
         self.generation_config.update(
             max_new_tokens=args.max_new_tokens,
             do_sample=args.temperature > 0,
             temperature=args.temperature or None,
-            eos_token_id=processor.tokenizer.eos_token_id,
-            pad_token_id=processor.tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+            pad_token_id=tokenizer.pad_token_id,
         )
         self.messages, self.waiting = [], []
 
@@ -127,10 +125,11 @@ class Page:
         self.begin, self.conversations = begin, {}
 
     def answer(self, message, history, visitor):
-        """The answer to a message `{"text", "files"}`; an empty history starts the visitor's conversation anew."""
-        if not history or visitor not in self.conversations:
+        """The answer to a message `{"text", "files"}` after the history: what was undone on the page is forgotten."""
+        if visitor not in self.conversations:
             self.conversations[visitor] = self.begin()
-        conversation = self.conversations[visitor]
+        conversation, turns = self.conversations[visitor], sum(turn["role"] == "assistant" for turn in history)
+        conversation.messages, conversation.waiting = conversation.messages[: 2 * turns], []
         conversation.show(message["files"])
         return conversation.ask(message["text"] or PICTURE_ALONE)
 

@@ -16,26 +16,17 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import datasets
 import evaluate
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from moevlm import answers_moevlm as answers
+from moevlm import evaluation_moevlm as evaluation
 from moevlm import report_moevlm as report
 from moevlm.baselines_moevlm import commonest_answers, load_model, without_pictures
 from moevlm.comparison_moevlm import as_text, compare
 from moevlm.data_moevlm import load_mixture
-from moevlm.evaluation_moevlm import (
-    Rules,
-    bootstrap_interval,
-    draw_samples,
-    predict,
-    samples_from,
-    score_each,
-    statistic_of,
-)
 from moevlm.reporting_moevlm import table
 from moevlm.tasks_moevlm import CompareArguments, EvalArguments, draw, load_tasks, with_examples
 from moevlm.telemetry_moevlm import DroppedVisits
@@ -61,23 +52,24 @@ def main():
         samples = [sample for sample in samples if (sample.task, sample.id) in given]
         columns, told = {args.part: [given[one.task, one.id] for one in samples]}, {}
         problems += wrong
-    else:
+    scorers = load_scorers(args, train) if state.is_main_process else None
+    if not args.predictions:
         columns, told = answer(args, tasks, samples, train, state)
     if state.is_main_process:
         columns |= {"question_only": commonest_answers(train, samples)} if args.blind else {}
         problems += answers.empty_answers(samples, columns[args.part])
         run = asdict(args) | told | {"processes": state.num_processes, "transformers": transformers.__version__}
-        conclude(args, samples, train, columns, run, notes + [str(problem) for problem in problems])
-        answers.finish(Path(args.output_dir))
+        conclude(args, samples, columns, scorers, run, notes + [str(problem) for problem in problems])
+        if not args.predictions:
+            answers.finish(Path(args.output_dir))
     state.destroy_process_group()
 
 
 def read_samples(args, tasks, part):
-    """What the tasks ask of the part, in their words."""
-    rows = load_mixture(args.data, part, grouped=False, skip_bad_rows=True)  # `settle` stops the run, all counted
-    if args.max_samples is not None and part != "train" and not isinstance(rows, datasets.Dataset):
-        rows = rows.take(args.max_samples)
-    samples = samples_from(rows)
+    """What the tasks ask of the part, in their words; bad rows are left out, counted, and stop the run in `settle`."""
+    most = args.max_samples if part != "train" else None
+    rows = load_mixture(args.data, part, grouped=False, skip_bad_rows=True, most_of_a_stream=most)
+    samples = evaluation.samples_from(rows)
     asked = [sample for task in tasks for sample in task.samples(samples)]
     lacking = [task.name for task in tasks if all(sample.task != task.name for sample in asked)]
     if lacking and part != "train" and (args.tasks or not asked):
@@ -101,19 +93,26 @@ def answer(args, tasks, samples, train, state):
     for name, chosen in asked.items():
         start = time.perf_counter()
         memory = {"known": answers.places_of(known, name, chosen), "keep": partial(journal.add, name, chosen)}
-        columns[name] = predict(model, processor, chosen, blind=name == "blind", **memory, **settings)
+        columns[name] = evaluation.predict(model, processor, chosen, blind=name == "blind", **memory, **settings)
         told[name] = {"seconds": time.perf_counter() - start, "dropped_visits": visits.take()}
     journal.close()
     answered = len(samples) - len(answers.places_of(known, args.part, samples))
     return columns, told[args.part] | {"answers_per_second": answered / told[args.part]["seconds"]}
 
 
-def conclude(args, samples, train, columns, run, notes):
-    """Score, print, and leave every file."""
+def load_scorers(args, train):
+    """The metrics and their rules; what is wrong with them shows here, before a model answers."""
     metrics = {name: evaluate.load(str(ROOT / "metrics" / name)) for name in METRICS}
+    metrics["caption_overlap"].check_java_metrics(args.java_metrics)
     idf = answers.idf_table(Path(args.idf), train, metrics["cider"].document_frequencies) if args.idf else None
-    rules, interval = Rules(idf, args.java_metrics, args.normalize), partial(bootstrap_interval, seed=args.seed)
-    scored = {name: score_each(samples, said, metrics, seed=args.seed, rules=rules) for name, said in columns.items()}
+    return metrics, evaluation.Rules(idf, args.java_metrics, args.normalize)
+
+
+def conclude(args, samples, columns, scorers, run, notes):
+    """Score, print, and leave every file."""
+    (metrics, rules), interval = scorers, partial(evaluation.bootstrap_interval, seed=args.seed)
+    score_each = partial(evaluation.score_each, metrics=metrics, seed=args.seed, rules=rules)
+    scored = {name: score_each(samples, said) for name, said in columns.items()}
     results, said = {name: scores for name, (scores, _) in scored.items()}, columns[args.part]
     details = [answers.detail(*each) for each in zip(samples, said, scored[args.part][1], strict=True)]
     notes = [*notes, *report.without_interval(results[args.part], args.java_metrics), *report.dropped_visits(run)]
@@ -128,7 +127,7 @@ def conclude(args, samples, train, columns, run, notes):
     answers.write(folder, samples, details, own | results | {"problems": notes, "run": run})
     report.save_figures(figures, folder / "plots")
     answers.replace(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
-    answers.replace(folder / "samples.png", lambda path: draw_samples(samples, said, str(path)))
+    answers.replace(folder / "samples.png", lambda path: evaluation.draw_samples(samples, said, str(path)))
     speed = f"{run['answers_per_second']:.0f} answers a second; " if "seconds" in run else ""
     print(f"{speed}scores, report.html and predictions are in {folder}")
 
@@ -139,7 +138,8 @@ def compare_runs():
     parser.add_argument("runs", nargs=2, help="Output folders of run_eval.py, or a predictions_<task>.json in each.")
     args, given = parser.parse_args_into_dataclasses(sys.argv[2:])
     first, second = (answers.read_details(Path(path)) for path in given.runs)
-    found = compare(first, second, interval=partial(bootstrap_interval, seed=args.seed), statistic_of=statistic_of)
+    interval = partial(evaluation.bootstrap_interval, seed=args.seed)
+    found = compare(first, second, interval=interval, statistic_of=evaluation.statistic_of)
     print(as_text(found, given.runs, shown=args.shown))
     if args.output:
         text = json.dumps(found, indent=1, ensure_ascii=False)

@@ -7,6 +7,7 @@ The keys of an entry are the fields of its class; paths are relative to the mixt
 import importlib.util
 import io
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ from .records_moevlm import FEATURES, Asked, Entry, RowError, Rows, Unit, check_
 
 TASKS = ("caption", "vqa", "chat")
 CAPTION_PROMPT = "Describe the picture."
+# What a column of a table teaches, in the order in which a table with several is read.
+LEARNED = {"messages": "chat", "answers": "vqa", "answer": "vqa", "captions": "caption", "caption": "caption"}
 
 logger = logging.getLogger(__name__)
 
@@ -179,14 +182,14 @@ class Chat(Entry):
     images: Path
 
     def units(self, rows: Rows, *, grouped: bool) -> Iterator[Unit]:
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(records.read_text(self.path).split("\n"), 1):
             place = f"{self.path}: line {number}"
             with rows.row(place):
                 if line.strip():
                     row = records.parsed(line)
                     names = need(row, "images", list) if row.get("images") else []
                     images = [self.images / str(name) for name in names]
-                    id = row.get("id", f"{self.path.stem}-{number}")
+                    id = f"{os.path.relpath(self.path, self.folder)}-{number}" if row.get("id") is None else row["id"]
                     yield records.chat_unit(place, id, images, row.get("messages"), row.get("refers_back"))
 
 
@@ -241,9 +244,9 @@ class Hub(Entry):
         for ours, theirs in mapping.items():
             check_known(f"{self.place}: columns", ours, self.COLUMNS)
             check_known(f"{self.place}: columns: {ours}", theirs, present)
-        taught = {task for column, task in records.LEARNED.items() if column in mapping}
+        taught = {task for column, task in LEARNED.items() if column in mapping}
         if not taught or (self.task and self.task not in taught):
-            known = f"{', '.join(records.LEARNED)}; the data set has {', '.join(present)}"
+            known = f"{', '.join(LEARNED)}; the data set has {', '.join(present)}"
             raise ValueError(f"{self.place}: no column to learn from; map one with `columns` to one of {known}")
         return mapping
 
@@ -259,11 +262,33 @@ class Hub(Entry):
 
     def _row_units(self, number: int, row: dict[str, Any], rows: Rows, *, grouped: bool) -> Iterator[Unit]:
         place = f"{self.place}: {self.path}: row {number}"
-        root = self.folder / self.path
-        found = {"id": f"{root.stem}-{number}"} | {ours: row[theirs] for ours, theirs in self.mapping.items()}
         with rows.row(place):
-            folder = root if root.is_dir() else root.parent if root.is_file() else self.folder
-            yield from records.row_units(place, found, self.task, folder, CAPTION_PROMPT, grouped=grouped)
+            named = {ours: row[theirs] for ours, theirs in self.mapping.items()}
+            if (id := named.pop("id", None)) is None:
+                origin = (self.path, self.name, self.data_files, self.split, number)  # no other entry's row has it
+                id = "-".join(str(part) for part in origin if part is not None)
+            yield from self._named_units(place, records.written(id), named, grouped=grouped)
+
+    def _named_units(self, place: str, id: str, row: dict[str, Any], *, grouped: bool) -> list[Unit]:
+        """Give the units of a row by our names; relative paths of pictures are in the data set's folder."""
+        root = self.folder / self.path
+        folder = root if root.is_dir() else root.parent if root.is_file() else self.folder
+        images = row["images"] if row.get("images") else [row["image"]] if row.get("image") is not None else []
+        images = [folder / image if isinstance(image, str) and "://" not in image else image for image in images]
+        column = next(name for name, teaches in LEARNED.items() if name in row and self.task in (None, teaches))
+        task = LEARNED[column]
+        if task == "chat":
+            return [records.chat_unit(place, id, images, row["messages"])]
+        if len(images) != 1:
+            raise RowError(f"has {len(images)} pictures, and a {task} row needs one; give it one")
+        texts = records.answers_in(row[column])
+        if task == "caption":
+            return [records.caption_unit(place, id, images[0], texts, CAPTION_PROMPT, grouped=grouped)]
+        main = row["answer"] if isinstance(row.get("answer"), str) and row["answer"] else records.most_common(texts)
+        types = (row.get("question_type"), row.get("answer_type"))
+        texts = texts * (10 if len(texts) == 1 else 1)
+        asked = Asked(place, id, need(row, "question"), main, texts, *types)
+        return list(records.vqa_units(id, images[0], [asked], grouped=grouped))
 
     def stream(self, *, grouped: bool, skip: bool) -> IterableDataset:
         """Give the records of a stream, made when they are asked for."""

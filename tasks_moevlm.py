@@ -51,6 +51,12 @@ class EvalArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} is too small; give at least {least}")
+        given, folder = Path(self.predictions or "").resolve(), Path(self.output_dir).resolve()
+        if self.predictions and folder in (given, given.parent):
+            raise ValueError(
+                f"predictions={self.predictions} lies in output_dir={self.output_dir}, which gets predictions of its "
+                "own; give another output_dir"
+            )
 
     @property
     def on_cpu(self) -> bool:

@@ -113,7 +113,6 @@ class MoeVlmAdapter(lmms):
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _inputs(self, texts, pictures):
-        pictures = [[picture.convert("RGB") for picture in each] for each in pictures]
         images = pictures if any(pictures) else None
         inputs = self.processor(text=list(texts), images=images, padding=True, return_tensors="pt")
         dtypes = {name: self.model.dtype if value.is_floating_point() else None for name, value in inputs.items()}

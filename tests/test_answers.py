@@ -168,7 +168,7 @@ def test_a_file_of_no_task_or_no_file_is_explained(tmp_path, samples):
 def written(folder, samples, said):
     scores = [{sample.metric: 1.0} for sample in samples]
     details = [answers.detail(*each) for each in zip(samples, said, scores, strict=True)]
-    answers.write(folder, samples, details, {"n": len(samples)})
+    answers.write(folder, samples, details, {sample.task: {"n": 1} for sample in samples})
     return details
 
 
@@ -184,10 +184,19 @@ def test_what_is_written_is_read_again(tmp_path, samples):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_second_run_leaves_no_answers_of_the_first(tmp_path, samples):
+def test_a_second_run_leaves_no_answers_of_the_first_but_those_of_others(tmp_path, samples):
+    (tmp_path / "predictions_theirs.json").write_text("[]")
     written(tmp_path, samples, ["a"] * 5)
     written(tmp_path, samples[:2], ["a"] * 2)
-    assert [path.name for path in tmp_path.glob("predictions_*.json")] == ["predictions_caption.json"]
+    names = sorted(path.name for path in tmp_path.glob("predictions_*.json"))
+    assert names == ["predictions_caption.json", "predictions_theirs.json"]
+
+
+def test_ids_that_begin_with_zeros_are_read_again(tmp_path):
+    samples = samples_from([vqa("007", "What?", "red"), vqa("7", "Who?", "red")])
+    written(tmp_path, samples, ["red", "blue"])
+    assert [row["question_id"] for row in json.loads((tmp_path / "predictions_vqa.json").read_text())] == ["007", 7]
+    assert answers.read_answers(tmp_path, samples) == ({("vqa", "007"): "red", ("vqa", "7"): "blue"}, [])
 
 
 def test_answers_without_scores_say_how_to_get_them(tmp_path):

@@ -61,8 +61,8 @@ def mixture(tmp_path, *entries, part="train", **others):
     return path
 
 
-def load(tmp_path, *entries, part="train", grouped=False, skip_bad_rows=False):
-    return load_mixture(mixture(tmp_path, *entries, part=part), part, grouped=grouped, skip_bad_rows=skip_bad_rows)
+def load(tmp_path, *entries, part="train", grouped=False, **options):
+    return load_mixture(mixture(tmp_path, *entries, part=part), part, grouped=grouped, **options)
 
 
 def texts(record):
@@ -309,7 +309,7 @@ def test_chat_takes_marked_strings_and_lists(tmp_path, photos):
             "refers_back": [False, True],
         },
         "\n",
-        {"images": ["1.png", "2.png"], "messages": listed},
+        {"id": None, "images": ["1.png", "2.png"], "messages": listed},
         {"messages": said("hi", "ho")},
     )
     records = load(tmp_path, CHAT)
@@ -317,7 +317,7 @@ def test_chat_takes_marked_strings_and_lists(tmp_path, photos):
     assert records[0]["refers_back"] == [False, True]
     assert texts(records[1]) == [("system", "be brief"), ("user", "this<image><image>"), ("assistant", "two")]
     assert [len(record["images"]) for record in records] == [1, 2, 0]
-    assert [record["id"] for record in records] == ["a", "chat-3", "chat-4"]
+    assert [record["id"] for record in records] == ["a", "chat.jsonl-3", "chat.jsonl-4"]
     assert {record["task"] for record in records} == {"chat"}
 
 
@@ -338,6 +338,8 @@ def test_chat_takes_marked_strings_and_lists(tmp_path, photos):
             FileNotFoundError,
             r"line 2: .*9\.png does not exist",
         ),
+        ({"images": ["1.png"], "messages": said("q", "<image>a")}, ValueError, r"a picture outside the user's turns"),
+        ({"messages": said([{"type": "text", "text": "<image>?"}], "a")}, ValueError, r"line 2: has <image> in a text"),
         ({"messages": said([{"type": "audio"}], "a")}, ValueError, r"part of type 'audio'; only 'image' and 'text'"),
         ({"messages": said("q", "a"), "refers_back": [True, True]}, ValueError, r"has 1 answers but 'refers_back'"),
     ],
@@ -367,8 +369,53 @@ def test_hub_reads_a_local_parquet_file(tmp_path, parquet, photos):
     records = load(tmp_path, parquet)
     assert [texts(record) for record in records][1] == [("user", "<image>b?"), ("assistant", "y")]
     assert records[0]["answers"] == ["x", "y", "y"]
-    assert (records[0]["id"], records[0]["task"]) == ("table-0", "vqa")
+    assert (records[0]["id"], records[0]["task"]) == ("table.parquet-train-0", "vqa")
     assert np.array_equal(np.array(records[2]["images"][0]), np.array(Image.open(photos / "3.png")))
+
+
+def table(path, **columns):
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_an_image_marker_in_a_question_is_a_bad_row(tmp_path, photos):
+    table(tmp_path / "q.jsonl", image=["images/1.png"] * 2, question=["a?", "<image>\nb?"], answer=["x", "y"])
+    entry = {"source": "hub", "path": "q.jsonl"}
+    with pytest.raises(ValueError, match="q.jsonl: row 1: has <image> in a text, .* take it out"):
+        load(tmp_path, entry)
+    assert len(load(tmp_path, entry, skip_bad_rows=True)) == 1
+
+
+def test_whole_numbers_of_a_column_with_fractions_stay_whole(tmp_path, photos):
+    table(tmp_path / "q.jsonl", id=[1, 2.5], image=["images/1.png"] * 2, question=["a?", "b?"], answer=[3, 0.5])
+    records = load(tmp_path, {"source": "hub", "path": "q.jsonl"})
+    assert [(record["id"], record["answers"][0]) for record in records] == [("1", "3"), ("2.5", "0.5")]
+
+
+def test_rows_without_ids_get_some_that_no_other_file_has(tmp_path, photos):
+    for folder in ("easy", "hard"):
+        table(tmp_path / folder / "t.jsonl", image=["../images/1.png"], question=["a?"], answer=["x"], id=[None])
+        (tmp_path / folder / "c.jsonl").write_text(json.dumps({"id": None, "messages": said("q", "a")}))
+    entries = [{"source": "hub", "path": f"{folder}/t.jsonl"} for folder in ("easy", "hard")]
+    entries += [CHAT | {"path": f"{folder}/c.jsonl"} for folder in ("easy", "hard")]
+    assert load(tmp_path, *entries)["id"] == [
+        "easy/t.jsonl-train-0", "hard/t.jsonl-train-0", "easy/c.jsonl-1", "hard/c.jsonl-1"
+    ]  # fmt: skip
+
+
+def test_the_first_records_of_each_stream(tmp_path, parquet):
+    lines(tmp_path, {"messages": said("q", "a")}, {"messages": said("q", "a")})
+    entries = [{"source": "hub", "path": "chat.jsonl", "streaming": True}, parquet | {"streaming": True}]
+    tasks = [record["task"] for record in load(tmp_path, *entries, part="test", most_of_a_stream=1)]
+    assert tasks == ["chat", "vqa"]
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "chat.jsonl").write_bytes('{"messages": "é"}'.encode("latin-1"))
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="chat.jsonl: is not UTF-8"):
+        load(tmp_path, CHAT)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -557,7 +604,7 @@ def test_a_stream_and_a_stored_source_are_drawn_by_their_weights(tmp_path, parqu
     assert first == second
     shares = sum(id.startswith("scene") for id in first) / len(first)
     assert 0.6 < shares < 0.9
-    assert {"table-0", "table-1", "table-2"} <= set(first)
+    assert {f"table.parquet-train-{row}" for row in range(3)} <= set(first)
 
 
 def test_a_stream_is_scored_once_a_record(tmp_path, parquet):

@@ -97,6 +97,12 @@ def test_a_turn_sees_the_pictures_shown_so_far_only():
     assert [image.getpixel((0, 0)) for image in second.images] == [COLOURS["red"], COLOURS["green"]]
 
 
+def test_an_answer_of_several_parts_is_scored_whole():
+    record = chat("d", "Where?", "a red")
+    record["messages"][1]["content"].append({"type": "text", "text": " wall"})
+    assert [sample.target for sample in samples_from([record])] == ["a red wall"]
+
+
 def test_a_stored_data_set_gives_the_samples_of_its_rows():
     records = [vqa(f"q{at}", "What colour is it?", colour, colour) for at, colour in enumerate(COLOURS)]
     stored = samples_from(Dataset.from_list(records))

@@ -251,6 +251,7 @@ def test_a_picture_in_a_chat_may_be_a_path_or_base64(processor, tmp_path):
         {"type": "image", "path": str(tmp_path / "red.png")},
         {"type": "image", "url": str(tmp_path / "red.png")},
         {"type": "image", "base64": encoded},
+        {"type": "image", "base64": base64.encodebytes((tmp_path / "red.png").read_bytes()).decode()},
         {"type": "image", "url": f"data:image/png;base64,{encoded}"},
     ]
     chats = [[{"role": "user", "content": [form]}] for form in forms]
@@ -359,6 +360,18 @@ def test_arrays_count_as_pictures(processor):
     forms = [Image.fromarray(array), array, np.moveaxis(array, -1, 0), torch.from_numpy(array), array / 255.0]
     pixels = processor(images=forms, return_tensors="pt")["pixel_values"]
     assert all(torch.equal(each, pixels[0]) for each in pixels)
+
+
+@pytest.mark.parametrize("mask", [np.eye(8, dtype=bool), torch.eye(8, dtype=torch.bfloat16, requires_grad=True)])
+def test_masks_and_tensors_of_any_type_count_as_pictures(mask):
+    assert np.array_equal(np.array(open_image(mask)), np.eye(8, dtype=np.uint8) * 255)
+
+
+def test_a_picture_too_large_to_open_is_named(tmp_path, monkeypatch):
+    RED.save(tmp_path / "red.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="red.png' is no picture file.* exceeds limit"):
+        open_image(tmp_path / "red.png")
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,17 @@ def test_plots_replace_those_of_an_earlier_report_and_nothing_else(columns, rows
     assert {path.name for path in tmp_path.iterdir()} == {"vqa_spread.png", "vqa_answer_type.png", "loss.png"}
 
 
+def test_a_section_holds_the_plots_of_its_own_task(columns, rows):
+    scores = next(iter(columns.values()))
+    columns = {"test": {"vqa": scores["vqa"], "vqa_short": scores["vqa"]}}
+    html = page(
+        columns, rows, {"vqa_short_spread.png": b"", "vqa_spread.png": b""}, about={}, notes=(), pictures=lambda at: []
+    )
+    first, second = html.split("<h2>vqa_short</h2>")
+    assert 'alt="vqa_spread.png"' in first and 'alt="vqa_short_spread.png"' not in first
+    assert 'alt="vqa_short_spread.png"' in second
+
+
 def test_very_many_kinds_still_make_a_plot(columns):
     rows = [row(str(at), 50.0, question_type=f"kind ${at}$ {'x' * 60}") for at in range(200)]
     kinds = by_kind(rows, bootstrap_interval)["vqa"]["question_type"]

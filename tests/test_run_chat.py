@@ -2,7 +2,6 @@
 
 import sys
 from copy import deepcopy
-from itertools import cycle
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ import run_chat
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.processing_moevlm import build_processor, train_tokenizer
 from run_chat import ChatArguments, Conversation, Page
+
+TURN = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a red circle"}]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_each_visitor_of_the_page_has_a_conversation_and_an_empty_history_starts
     page = Page(begin)
     page.answer({"text": "", "files": [picture]}, [], "ann")
     page.answer({"text": "what is it?", "files": []}, [], "bob")
-    page.answer({"text": "is it red?", "files": []}, ["earlier turns"], "ann")
+    page.answer({"text": "is it red?", "files": []}, TURN, "ann")
     ann, bob = page.conversations["ann"], page.conversations["bob"]
     assert [kinds for _, kinds in roles_and_parts(ann)] == [["image", "text"], ["text"], ["text"], ["text"]]
     assert ann.messages[0]["content"][1]["text"] == run_chat.PICTURE_ALONE
@@ -84,17 +85,43 @@ def test_each_visitor_of_the_page_has_a_conversation_and_an_empty_history_starts
     assert len(page.conversations["ann"].messages) == 2
 
 
-def test_the_prompt_shows_pictures_and_starts_again(begin, monkeypatch, capsys, tmp_path):
+def test_the_prompt_shows_pictures_survives_slips_and_starts_again(begin, monkeypatch, capsys, tmp_path):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    lines = cycle([f"/image {tmp_path}/rad.png", f"/image {tmp_path}/red.png", "what is it?", "/new", ""])
-    monkeypatch.setattr(run_chat, "read_line", lambda: next(lines))
+    typed = iter([f"/image {tmp_path}/rad.png", f"/image {tmp_path}/red.png", "what is <image>?", "what is it?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     conversation = begin()
-    questions = run_chat.typed_lines(conversation)
-    assert next(questions) == "what is it?"
-    assert [part["image"].getpixel((0, 0)) for part in conversation.waiting] == [(255, 0, 0)]
-    assert "rad.png' is no picture file" in capsys.readouterr().out
-    conversation.messages.append("anything")
-    assert list(questions) == [] and conversation.messages == []
+    run_chat.answer_the_keyboard(conversation)
+    printed = capsys.readouterr().out
+    assert "rad.png' is no picture file" in printed and "2 <image> placeholders but 1 images" in printed
+    assert roles_and_parts(conversation) == [("user", ["image", "text"]), ("assistant", ["text"])]
+    assert conversation.messages[0]["content"][0]["image"].getpixel((0, 0)) == (255, 0, 0)
+    typed = iter(["/new", ""])
+    run_chat.answer_the_keyboard(conversation)
+    assert conversation.messages == []
+
+
+def test_turns_taken_back_on_the_page_are_forgotten(begin, tmp_path):
+    page, picture = Page(begin), str(tmp_path / "red.png")
+    Image.new("RGB", (32, 32), "red").save(picture)
+    page.answer({"text": "one", "files": []}, [], "ann")
+    page.answer({"text": "two", "files": []}, TURN, "ann")
+    with pytest.raises(ValueError, match="placeholders"):
+        page.answer({"text": "<image>?", "files": [picture]}, TURN, "ann")
+    page.answer({"text": "three", "files": [picture]}, TURN, "ann")
+    messages = page.conversations["ann"].messages
+    assert [message["content"][-1]["text"] for message in messages[::2]] == ["one", "three"]
+    assert roles_and_parts(page.conversations["ann"])[2] == ("user", ["image", "text"])
+
+
+def test_answers_end_where_the_checkpoint_says(begin):
+    conversation = begin()
+    model = deepcopy(conversation.model)
+    model.generation_config.eos_token_id = [5, 7]
+    arguments = ChatArguments(model_name_or_path="")
+    assert Conversation(model, conversation.processor, arguments).generation_config.eos_token_id == [5, 7]
+    model.generation_config.eos_token_id = None
+    ends = conversation.processor.tokenizer.eos_token_id
+    assert Conversation(model, conversation.processor, arguments).generation_config.eos_token_id == ends
 
 
 def test_a_picture_that_does_not_open_leaves_the_page_as_it_was(begin, tmp_path):
@@ -102,8 +129,8 @@ def test_a_picture_that_does_not_open_leaves_the_page_as_it_was(begin, tmp_path)
     broken.write_bytes(b"no picture")
     page.answer({"text": "what is it?", "files": []}, [], "ann")
     with pytest.raises(ValueError, match="broken.png' is no picture file"):
-        page.answer({"text": "and this?", "files": [str(broken)]}, ["earlier turns"], "ann")
-    page.answer({"text": "what is it?", "files": []}, ["earlier turns"], "ann")
+        page.answer({"text": "and this?", "files": [str(broken)]}, TURN, "ann")
+    page.answer({"text": "what is it?", "files": []}, TURN, "ann")
     assert [kinds for _, kinds in roles_and_parts(page.conversations["ann"])] == [["text"]] * 4
 
 

@@ -83,7 +83,7 @@ def evaluate(checkpoint, mixture, tmp_path, monkeypatch):
         out = tmp_path / folder
         if not drawn:
             monkeypatch.setattr(run_eval.report, "plot_scores", lambda *given: {})
-            monkeypatch.setattr(run_eval, "draw_samples", lambda samples, said, path: Path(path).touch())
+            monkeypatch.setattr(run_eval.evaluation, "draw_samples", lambda samples, said, path: Path(path).touch())
         arguments = ["--model_name_or_path", model, "--data", data, "--output_dir", str(out), "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["run_eval.py", *arguments, "--max_new_tokens", "3", *flags])
         run_eval.main()
@@ -145,7 +145,7 @@ def test_examples_come_from_the_train_part_and_the_same_task(evaluate, monkeypat
         asked.extend(samples)
         return ["yes"] * len(samples)
 
-    monkeypatch.setattr(run_eval, "predict", spy)
+    monkeypatch.setattr(run_eval.evaluation, "predict", spy)
     evaluate("--num_shots", "2", "--max_samples", "4")
     assert asked and all(sample.num_images == len(sample.images) == 3 for sample in asked)
     captions = [sample for sample in asked if sample.task == "caption"]
@@ -312,6 +312,23 @@ def test_answers_of_any_program_are_scored_like_the_models_own(evaluate, tmp_pat
     assert (own / "samples.jsonl").read_bytes() == (again / "samples.jsonl").read_bytes()
 
 
+def test_scoring_answers_leaves_those_of_an_interrupted_run(evaluate):
+    own = evaluate("--max_samples", "2")
+    run_eval.answers.start(own.parent / "again", {"seed": 0}, resume=False)
+    again = evaluate("--max_samples", "2", "--predictions", str(own), folder="again")
+    assert (again / "partial" / "settings.json").is_file()
+
+
+def test_what_cannot_be_scored_is_said_before_the_model_is_loaded(evaluate, mixture, tmp_path):
+    with pytest.raises(ValueError, match='"TER" is unknown; choose among METEOR, SPICE'):
+        evaluate("--java_metrics", "TER", model="outputs/nowhere")
+    content = yaml.safe_load(Path(mixture).read_text())
+    content["train"][0]["tasks"] = ["vqa"]
+    (tmp_path / "silent.yaml").write_text(yaml.safe_dump(content | {"test": content["train"]}))
+    with pytest.raises(ValueError, match="idf.json does not exist, and the train part has no captions"):
+        evaluate("--idf", str(tmp_path / "idf.json"), model="outputs/nowhere", data=str(tmp_path / "silent.yaml"))
+
+
 def test_predictions_that_do_not_fit_stop_the_run_or_are_counted(evaluate, tmp_path):
     rows = [{"image_id": 101, "caption": "a red wall"}, {"image_id": 99, "caption": "what?"}]
     (tmp_path / "results.json").write_text(json.dumps(rows))
@@ -345,7 +362,9 @@ def test_bad_rows_of_the_data_stop_the_run_or_are_counted(evaluate, mixture, tmp
 
 
 def test_silent_models_are_counted(evaluate, monkeypatch):
-    monkeypatch.setattr(run_eval, "predict", lambda model, processor, samples, **settings: [""] * len(samples))
+    monkeypatch.setattr(
+        run_eval.evaluation, "predict", lambda model, processor, samples, **settings: [""] * len(samples)
+    )
     out = evaluate("--max_samples", "2")
     assert read(out, "metrics.json")["problems"][0].startswith("6 empty answers: ")
     assert "6 empty answers" in (out / "report.html").read_text()
@@ -390,7 +409,7 @@ def test_two_runs_are_compared(evaluate, capsys, monkeypatch, tmp_path):
     first = evaluate("--max_samples", "6", folder="first")
     said = iter(["yes"] * 100)
     monkeypatch.setattr(
-        run_eval, "predict", lambda model, processor, samples, **settings: [next(said) for _ in samples]
+        run_eval.evaluation, "predict", lambda model, processor, samples, **settings: [next(said) for _ in samples]
     )
     second = evaluate("--max_samples", "6", folder="second")
     capsys.readouterr()

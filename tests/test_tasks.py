@@ -28,6 +28,13 @@ def test_the_cpu_answers_where_asked_or_where_nothing_else_is(monkeypatch, devic
     assert EvalArguments(device=device).on_cpu is expected
 
 
+@pytest.mark.parametrize("given", ["mine", "mine/predictions_vqa.json", "other/../mine"])
+def test_predictions_are_not_written_over(given):
+    with pytest.raises(ValueError, match=f"predictions={given} lies in output_dir=mine, .* give another output_dir"):
+        EvalArguments(predictions=given, output_dir="mine")
+    assert EvalArguments(predictions="mine/theirs/predictions_vqa.json", output_dir="mine").predictions
+
+
 @pytest.mark.parametrize(
     "flags", [{"batch_size": 0}, {"num_shots": -1}, {"max_samples": 0}, {"max_new_tokens": 0}, {"seed": -1}]
 )

@@ -149,7 +149,7 @@ def named(bleu_scores: Sequence[float], rouge: float) -> dict[str, float]:
 
 
 def check_java_metrics(names: Sequence[str]) -> None:
-    """Raise before any work where a program cannot run."""
+    """Raise before any work where a program is unknown or cannot run."""
     for name in names:
         if name not in JAVA_METRICS:
             raise ValueError(f'java_metrics: "{name}" is unknown; choose among {", ".join(JAVA_METRICS)}')
@@ -196,6 +196,10 @@ class CaptionOverlap(evaluate.Metric):
             ),
             reference_urls=["https://aclanthology.org/P02-1040", "https://github.com/tylin/coco-caption"],
         )
+
+    def check_java_metrics(self, names: Sequence[str]) -> None:
+        """As the function, for whoever has the loaded metric alone."""
+        check_java_metrics(names)
 
     def _compute(self, predictions, references, per_item=False, java_metrics=()):
         check_inputs(predictions, references)
