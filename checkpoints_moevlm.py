@@ -39,18 +39,19 @@ def last_checkpoint(output_dir: str) -> str | None:
     return str(found[-1]) if (found := checkpoints(output_dir)) else None
 
 
-def starting_point(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from, None for a fresh start; a fresh start clears what a finished run left.
+def starting_point(args: TrainingArguments, model: str | None = None) -> str | None:
+    """The checkpoint to resume from, None for a fresh start, before which `clear` makes room.
+
+    Args:
+        model: The checkpoint whose weights training begins with.
 
     Raises:
-        FileExistsError: A fresh start would destroy an unfinished run.
+        FileExistsError: A fresh start would destroy an unfinished run, or the checkpoint that it begins with.
         FileNotFoundError: There is nothing to resume from.
     """
     wish = str(args.resume_from_checkpoint or "no")
     if wish.lower() in ("no", "false"):
-        # Rank 0 first: the others shall not look while it deletes.
-        with args.main_process_first(local=False, desc="output folder"):
-            clear(args)
+        refuse_to_destroy(args, model)
         return None
     if wish.lower() not in ("last", "true"):
         return wish
@@ -62,8 +63,13 @@ def starting_point(args: TrainingArguments) -> str | None:
     return last
 
 
-def clear(args: TrainingArguments) -> None:
-    """Delete the checkpoints of an earlier run, if it finished or `overwrite_output_dir` allows it."""
+def refuse_to_destroy(args: TrainingArguments, model: str | None) -> None:
+    """Raise where the checkpoints in `output_dir` are still needed; errors as in `starting_point`."""
+    if any(Path(model or "").resolve().is_relative_to(path.resolve()) for path in checkpoint_folders(args.output_dir)):
+        raise FileExistsError(
+            f"model_name_or_path={model} is a checkpoint in output_dir={args.output_dir}, which a new run clears; "
+            "choose another output_dir"
+        )
     finished = Path(args.output_dir, "metrics.json")
     states = [path / "trainer_state.json" for path in checkpoints(args.output_dir)]
     newest = max((path.stat().st_mtime for path in states), default=0.0)
@@ -72,8 +78,14 @@ def clear(args: TrainingArguments) -> None:
             f"output_dir={args.output_dir} holds an unfinished run; go on with --resume_from_checkpoint last, "
             "delete it with --overwrite_output_dir, or choose another output_dir"
         )
-    for path in checkpoint_folders(args.output_dir):
-        shutil.rmtree(path)
+
+
+def clear(args: TrainingArguments) -> None:
+    """Delete the checkpoints of an earlier run; to be called when nothing but training can fail."""
+    # Rank 0 first: the others shall not look while it deletes.
+    with args.main_process_first(local=False, desc="output folder"):
+        for path in checkpoint_folders(args.output_dir):
+            shutil.rmtree(path)
 
 
 def starting_model(arguments, words: Iterable[str]) -> tuple[MoeVlmForConditionalGeneration, MoeVlmProcessor]:
@@ -88,6 +100,8 @@ def starting_model(arguments, words: Iterable[str]) -> tuple[MoeVlmForConditiona
     """
     attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     if path := arguments.model_name_or_path:
+        if Path(path, "adapter_config.json").exists():
+            raise ValueError(f"model_name_or_path={path} is a LoRA adapter; give the folder of the merged model")
         kind = AutoConfig.from_pretrained(path).model_type
         if kind != MoeVlmConfig.model_type:
             raise ValueError(f"model_name_or_path={path} holds a {kind!r} model; run_upcycle.py makes a MoeVlm of it")
@@ -136,6 +150,8 @@ def move_into(incoming: Path, target: Path) -> None:
     # Pickled arguments name our training classes; nobody needs them to use the model.
     for pickled in incoming.rglob("training_args.bin"):
         pickled.unlink()
+    for report in ("metrics.json", "samples.png"):  # of the older model
+        (target / report).unlink(missing_ok=True)
     new = sorted(path for path in incoming.rglob("*") if path.is_file())
     for path in new:
         place = target / path.relative_to(incoming)

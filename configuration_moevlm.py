@@ -319,7 +319,12 @@ class MoeVlmConfig(ExpertsConfig):
         "connector_config": MoeVlmConnectorConfig,
         "text_config": MoeVlmTextConfig,
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # All outputs but loss and logits: a Trainer would gather them for its metrics.
+    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "image_hidden_states", "z_loss",
+                                   "aux_loss", "local_entropy_loss", "global_entropy_loss", "expert_load",
+                                   "expert_counts", "expert_load_text", "expert_load_image", "chosen_counts",
+                                   "experts_per_token", "dropped_tokens", "router_entropy", "max_router_logit",
+                                   "router_logits", "router_indices"]  # fmt: skip
 
     def __init__(
         self,

@@ -5,7 +5,7 @@
     data: ../data/easy_vqa.yaml
 
 Names and values are those of the command line, the names without the dashes; the command line wins over the file. null
-takes a flag back to "not given".
+is no value, such as no limit; a flag that takes several values keeps its default.
 """
 
 import argparse
@@ -76,18 +76,24 @@ def converted(value: Any, flag: argparse.Action, where: str) -> Any:
     Raises:
         ValueError: The flag does not take this value.
     """
+    several = flag.nargs in ("+", "*")
     if value in NOT_GIVEN:
-        return None
-    if isinstance(value, list):
-        if flag.nargs not in ("+", "*"):
-            raise ValueError(f"{where}={value} is a list, but the flag takes one value")
-        return [converted(inner, flag, where) for inner in value]
+        return flag.default if several else None
+    if isinstance(value, list) and not several:
+        raise ValueError(f"{where}={value} is a list, but the flag takes one value")
     if isinstance(value, dict):
         raise ValueError(f"{where}={value} is a mapping; write it as JSON in single quotes, as on the command line")
+    if several:
+        return [typed_word(word, flag, where) for word in (value if isinstance(value, list) else [value])]
+    return typed_word(value, flag, where)
+
+
+def typed_word(word: str, flag: argparse.Action, where: str) -> Any:
+    """One word in its flag's type; raises as `converted`."""
     try:
-        typed = flag.type(value) if flag.type else value
+        typed = flag.type(word) if flag.type else word
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{where}={value} is not a value of this flag: {error}") from error
+        raise ValueError(f"{where}={word} is not a value of this flag: {error}") from error
     if flag.choices and typed not in flag.choices:
-        raise ValueError(f"{where}={value} must be one of {', '.join(map(str, flag.choices))}")
+        raise ValueError(f"{where}={word} must be one of {', '.join(map(str, flag.choices))}")
     return typed

@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import logging, set_seed
 
-from moevlm.checkpoints_moevlm import finish, starting_model, starting_point
+from moevlm.checkpoints_moevlm import clear, finish, starting_model, starting_point
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
 from moevlm.data_moevlm import load_mixture
 from moevlm.evaluation_moevlm import draw_samples, predict, samples_from, score
@@ -37,7 +37,7 @@ BLIND_SAMPLES = 1_000  # of each task: a floor needs no finer figure
 
 def main():
     model_args, data_args, args = read_arguments()
-    checkpoint = starting_point(args)
+    checkpoint = starting_point(args, model_args.model_name_or_path)
     if args.use_cpu:
         keep_freed_memory()
     set_seed(args.seed)
@@ -64,6 +64,8 @@ def main():
     )
     if trainer.is_world_process_zero():
         print(model.moe_summary())
+    if checkpoint is None:
+        clear(args)
     training = trainer.train(resume_from_checkpoint=checkpoint)
     model = finish(trainer)
     test_samples = samples_from(records["test"])

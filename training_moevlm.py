@@ -4,7 +4,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -49,8 +49,10 @@ class ModelArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "MoeVlm checkpoint to go on from."})
     config: str | None = field(default=None, metadata={"help": "Architecture (json) to train from scratch."})
     vocab_size: int | None = field(default=None, metadata={"help": "Tokens of a new tokenizer; else the config's."})
-    dtype: str = field(default="float32", metadata={"help": "Of the loaded weights; with --bf16 keep float32."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of the loaded weights; with --bf16 keep float32."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
     freeze_vision: bool = field(default=False, metadata={"help": "Keep the vision tower, its routers included."})
     freeze_connector: bool = field(default=False, metadata={"help": "Keep the connector."})
     freeze_language: bool = field(default=False, metadata={"help": "Keep the decoder and the head, routers included."})
@@ -106,7 +108,7 @@ class MoeVlmTrainingArguments(TrainingArguments):
     image_words_steps: int = field(
         default=0, metadata={"help": "First steps in which image tokens learn the answers' words too."}
     )
-    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of warm-up steps; --warmup_steps wins."})
+    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of warm-up steps; --warmup_steps N wins."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of matrices (see `decays`)."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Second AdamW beta; 0.98 suits short runs."})
     logging_steps: float = field(default=20, metadata={"help": "Steps between two lines of the log."})
@@ -118,7 +120,7 @@ class MoeVlmTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Finish with the best checkpoint."})
     metric_for_best_model: str | None = field(default="score", metadata={"help": "score: mean over the tasks."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
+    greater_is_better: bool | None = field(default=None, metadata={"help": "By default unless its name ends in loss."})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Trackers, or none."})
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Leave as it is."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator needs the pictures."})
@@ -130,6 +132,9 @@ class MoeVlmTrainingArguments(TrainingArguments):
                 f"router_bias_update_rate={self.router_bias_update_rate} must be in [0, 1); 0 leaves the biases alone"
             )
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if self.accelerator_config is None:
+            # For a stream accelerate would split one batch by rows, but a row may have any number of pictures.
+            self.accelerator_config = {"dispatch_batches": False}
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
@@ -203,6 +208,9 @@ def default_lora_config(arguments: ModelArguments, model: nn.Module) -> "LoraCon
     if PeftModel is None:
         raise ImportError("lora needs PEFT; run: pip install peft")
     names = [name for name, _ in model.named_parameters()]
+    for target in arguments.lora_targets:
+        if not any(name.endswith(f".{target}.weight") and part_of(name) == "language" for name in names):
+            raise ValueError(f"lora_targets: the decoder has no {target!r}; name layers such as {', '.join(ATTENTION)}")
     experts = [target for target in EXPERT_PARAMETERS if any(name.endswith(target) for name in names)]
     moving = {router for router in routers_of(model) if has_bias(router) and router.weight.requires_grad}
     return LoraConfig(
@@ -218,8 +226,13 @@ def default_lora_config(arguments: ModelArguments, model: nn.Module) -> "LoraCon
 
 def adapt(model: nn.Module, arguments: ModelArguments) -> nn.Module:
     """The model with parts frozen and with fresh LoRA adapters, which then learn alone, as the arguments say."""
-    freeze(model, (part for part in PARTS if getattr(arguments, f"freeze_{part}")), arguments.train_only)
-    return get_peft_model(model, default_lora_config(arguments, model)) if arguments.lora else model
+    frozen = [part for part in PARTS if getattr(arguments, f"freeze_{part}")]
+    freeze(model, frozen, arguments.train_only)
+    if not arguments.lora:
+        return model
+    model = get_peft_model(model, default_lora_config(arguments, model))
+    freeze(model, frozen)  # PEFT's adapters of these parts, which change nothing while they do not learn
+    return model
 
 
 class MoeVlmTrainer(Trainer):
@@ -232,6 +245,12 @@ class MoeVlmTrainer(Trainer):
 
     def __init__(self, *args, score_fn: Callable[[nn.Module], dict[str, float]] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.model_init is not None:
+            raise ValueError("model_init would put another model in the place of the watched one; pass a model")
+        if not isinstance(self.args, MoeVlmTrainingArguments):
+            raise TypeError(f"args is a {type(self.args).__name__}, which lacks flags; pass MoeVlmTrainingArguments")
+        if self.args.metric_for_best_model == "score" and score_fn is None and self.compute_metrics is None:
+            self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         if self.args.image_words_steps and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"image_words_steps={self.args.image_words_steps} asks the LM head outside of the forward, where FSDP "
@@ -274,7 +293,8 @@ class MoeVlmTrainer(Trainer):
         lengths = compute.list_value_length(rows).to_pylist()
         stages = dataset["stage"][:] if "stage" in dataset.column_names else [1] * len(dataset)
         batch_size = self._train_batch_size * self.accelerator.num_processes
-        return StagedSampler(lengths, stages, batch_size=batch_size, seed=self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return StagedSampler(lengths, stages, batch_size=batch_size, seed=seed)
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -372,6 +392,7 @@ class MoeVlmTrainer(Trainer):
     def _stop(self, what: str, where: str = ""):
         raise FloatingPointError(
             f"{what} at step {self.state.global_step + 1}{where and f': {where}'}; nothing was saved from this step. "
-            f"Lower learning_rate={self.args.learning_rate} or max_grad_norm={self.args.max_grad_norm} and go on from "
-            f"the last checkpoint in {self.args.output_dir} with --resume_from_checkpoint last"
+            f"Go on from the last checkpoint in {self.args.output_dir} with --resume_from_checkpoint last and a lower "
+            f"max_grad_norm={self.args.max_grad_norm}, or begin at it with --model_name_or_path, another --output_dir "
+            f"and a lower learning_rate={self.args.learning_rate} (which a resumed run takes from its checkpoint)"
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from moevlm.checkpoints_moevlm import finish, last_checkpoint, starting_point, whole_folder
+from moevlm.checkpoints_moevlm import clear, finish, last_checkpoint, starting_model, starting_point, whole_folder
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
 from moevlm.training_moevlm import ModelArguments, MoeVlmTrainer, MoeVlmTrainingArguments, adapt
@@ -69,7 +69,22 @@ def test_an_unfinished_run_is_not_deleted_by_a_fresh_start_unless_told(tmp_path)
         starting_point(arguments(tmp_path))
     assert os.path.exists(path)
     assert starting_point(arguments(tmp_path, overwrite_output_dir=True)) is None
+    assert os.path.exists(path), "nothing is deleted before training can begin"
+    clear(arguments(tmp_path))
     assert not os.path.exists(path)
+
+
+def test_the_checkpoint_to_begin_with_is_not_deleted(tmp_path):
+    path = checkpoint(tmp_path, 3)
+    with pytest.raises(FileExistsError, match="is a checkpoint in output_dir=.* choose another output_dir"):
+        starting_point(arguments(tmp_path, overwrite_output_dir=True), model=path)
+    assert starting_point(arguments(tmp_path, overwrite_output_dir=True), model=str(tmp_path)) is None
+
+
+def test_an_adapter_is_no_model_to_begin_with(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a LoRA adapter; give the folder of the merged model"):
+        starting_model(ModelArguments(model_name_or_path=str(tmp_path)), [])
 
 
 def test_the_checkpoints_of_a_finished_run_make_place_but_its_model_stays(tmp_path):
@@ -77,6 +92,7 @@ def test_the_checkpoints_of_a_finished_run_make_place_but_its_model_stays(tmp_pa
     (tmp_path / "metrics.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("finished")
     assert starting_point(arguments(tmp_path)) is None
+    clear(arguments(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "model.safetensors"]
 
 

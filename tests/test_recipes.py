@@ -9,7 +9,7 @@ import torch
 from moevlm.configuration_moevlm import MoeVlmConfig
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.recipes_moevlm import parse
-from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainingArguments
+from moevlm.training_moevlm import ATTENTION, DataArguments, ModelArguments, MoeVlmTrainingArguments
 
 GROUPS = (ModelArguments, DataArguments, MoeVlmTrainingArguments)
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +68,15 @@ def test_data_and_config_are_relative_to_the_recipe_and_outputs_to_the_place_of_
     assert (model_args.config, args.output_dir) == ("/abs/mine.json", "outputs/mine")
 
 
-def test_null_takes_a_flag_back(read):
+def test_null_is_no_value_and_of_several_the_default(read):
     assert read("eval_max_samples: null")[1].eval_max_samples is None
+    model_args = read("train_only: null\nlora_targets: null")[0]
+    assert (model_args.train_only, model_args.lora_targets) == ([], list(ATTENTION))
+
+
+def test_one_word_is_a_list_of_one_for_a_flag_that_takes_several(read):
+    model_args = read("lora_targets: q_proj\ntrain_only: router")[0]
+    assert (model_args.lora_targets, model_args.train_only) == (["q_proj"], ["router"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Training: what learns, at which rate, what is logged, and what survives a kill."""
 
 import copy
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from PIL import Image
-from transformers import HfArgumentParser, Trainer, TrainerCallback, set_seed
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from moevlm.checkpoints_moevlm import finish
 from moevlm.collating_moevlm import MoeVlmCollator, StagedSampler, encode_record
 from moevlm.configuration_moevlm import MoeVlmConfig
-from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
+from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration, MoeVlmOutput
 from moevlm.processing_moevlm import build_processor, train_tokenizer
 from moevlm.routing_moevlm import MoeVlmRouter
 from moevlm.summary_moevlm import part_of, sparse_layers
@@ -83,6 +85,12 @@ def row_of(processor, answer, colour, number):
     return {"images": [Image.new("RGB", (32, 32), colour)], **encode_record(record, processor)}
 
 
+def text_row(processor):
+    question = {"role": "user", "content": [{"type": "text", "text": "Is it dark?"}]}
+    record = {"messages": [question, {"role": "assistant", "content": [{"type": "text", "text": "no"}]}]}
+    return {"images": [], **encode_record(record | {"task": "chat", "id": "t"}, processor)}
+
+
 def arguments(folder, **settings):
     quiet = {
         "output_dir": str(folder),
@@ -115,6 +123,54 @@ def losses(trainer):
     return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
+# The best checkpoint, and a user's own script
+
+
+def test_the_best_loss_is_the_smallest(rows, processor, tmp_path):
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    # No score_fn: the default metric, the score, is not there, and the loss takes its place.
+    trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path, learning_rate=1e-1, **steps))
+    trainer.train()
+    found = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert len(found) == 4 and trainer.state.best_metric == min(found.values()) < max(found.values())
+    assert not arguments(tmp_path, metric_for_best_model="loss", **steps).greater_is_better
+    assert arguments(tmp_path, **steps).greater_is_better
+
+
+def test_arguments_of_another_kind_and_model_init_are_refused(rows, processor, tmp_path):
+    with pytest.raises(TypeError, match="args is a TrainingArguments, which lacks flags; pass MoeVlmTrainingArguments"):
+        trainer_of(small_model(), rows, processor, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    with pytest.raises(ValueError, match="model_init .* pass a model"):
+        trainer_of(None, rows, processor, arguments(tmp_path), model_init=lambda: small_model())
+
+
+def test_a_stream_of_rows_with_any_number_of_pictures_trains(rows, processor, tmp_path):
+    pictures = [{"type": "image"}] * 2
+    messages = [
+        {"role": "user", "content": [*pictures, {"type": "text", "text": "Is it dark?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+    ]
+    encoded = encode_record({"messages": messages, "task": "chat", "id": "two"}, processor)
+    mixed = [rows[0], text_row(processor), {"images": rows[1]["images"] * 2, **encoded}, rows[2]]
+    stream = IterableDataset.from_generator(lambda: iter(mixed * 2))
+    found = []
+    for data in (mixed * 2, stream):
+        trainer = trainer_of(small_model(), data, processor, arguments(tmp_path, per_device_train_batch_size=2))
+        trainer._get_train_sampler = lambda *args: None  # in order, as a stream
+        trainer.train()
+        found.append(losses(trainer))
+    assert len(found[0]) == 4 and found[0] == found[1]
+
+
+def test_data_seed_orders_the_data(processor, tmp_path):
+    data = Dataset.from_dict({"input_ids": [[1] * length for length in range(1, 33)]})
+    orders = [
+        list(trainer_of(small_model(), data, processor, arguments(tmp_path, **seeds))._get_train_sampler())
+        for seeds in ({}, {"seed": 7}, {"data_seed": 7}, {"seed": 7, "data_seed": 42})
+    ]
+    assert orders[1] == orders[2] != orders[0] == orders[3]
+
+
 # Logits
 
 
@@ -126,8 +182,19 @@ def test_logits_are_made_only_for_those_who_ask(rows, processor, tmp_path):
     trainer.evaluate()
     learnt = [sum(label != -100 for label in row["labels"][1:]) for row in rows]
     assert len(made) == 3 and max(made) <= 4 * max(learnt)
-    logits = trainer.predict(rows[:4]).predictions[0]
+    logits = trainer.predict(rows[:4]).predictions
     assert logits.shape[:2] == MoeVlmCollator(processor)(rows[:4])["input_ids"].shape
+
+
+def test_logits_of_batches_with_and_without_pictures_are_gathered(rows, processor, tmp_path):
+    trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path, per_device_eval_batch_size=2))
+    mixed = [*rows[:2], *(text_row(processor) for _ in range(2))]
+    assert trainer.predict(mixed).predictions.shape[0] == 4
+
+
+def test_a_trainer_gathers_logits_alone():
+    names = {field.name for field in dataclasses.fields(MoeVlmOutput)}
+    assert sorted(MoeVlmConfig.keys_to_ignore_at_inference) == sorted(names - {"loss", "logits"})
 
 
 def test_who_computes_with_logits_gets_them(rows, processor, tmp_path):
@@ -563,7 +630,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path
     args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
     trainer = trainer_of(small_model(), rows, processor, args, callbacks=[Poison()])
     with pytest.raises(
-        FloatingPointError, match=r"nan at step 4.*learning_rate=0.003.*--resume_from_checkpoint last"
+        FloatingPointError, match=r"nan at step 4.*--resume_from_checkpoint last.*learning_rate=0.003"
     ) as error:
         trainer.train()
     assert "that of lm_head (Linear), whose own weight is not finite (rank 0)" in str(error.value)
@@ -659,6 +726,20 @@ def test_lora_reaches_both_halves_of_the_towers_experts_and_merges_to_the_same_l
     weights = dict(merged.named_parameters())
     changed = [name for name, value in start.named_parameters() if not torch.equal(value, weights[name])]
     assert set(targets) <= set(changed)
+
+
+@pytest.mark.parametrize("part", ["vision", "connector", "language"])
+def test_a_frozen_part_has_no_adapter_that_learns(part):
+    model = small_model({"moe_layers": "all", "num_experts": 2})
+    flags = {f"freeze_{part}": True}
+    learning = {part_of(name) for name, one in adapt(model, ModelArguments(lora=True, **flags)).named_parameters()
+                if one.requires_grad}  # fmt: skip
+    assert learning and part not in learning
+
+
+def test_a_lora_target_that_the_decoder_lacks_is_named():
+    with pytest.raises(ValueError, match="the decoder has no 'qproj'; name layers such as q_proj"):
+        adapt(small_model(), ModelArguments(lora=True, lora_targets=["q_proj", "qproj"]))
 
 
 def test_a_dense_model_takes_lora_without_experts():
