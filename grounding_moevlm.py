@@ -11,7 +11,7 @@ from torch import Tensor
 from .collating_moevlm import IGNORED
 
 
-def image_words_loss(logits: Tensor, labels: Tensor, pictures: Tensor, end: int | None) -> Tensor:
+def image_words_loss(logits: Tensor, labels: Tensor, pictures: Tensor, end: int | list[int] | None) -> Tensor:
     """Cross-entropy between the words of a picture's answers and what its image tokens say together, a scalar.
 
     The words of a caption are the labels of its picture, as in SuperClass (Huang et al. 2024, arXiv:2411.03313); the
@@ -21,9 +21,10 @@ def image_words_loss(logits: Tensor, labels: Tensor, pictures: Tensor, end: int 
         logits: `(I, T, V)`, the LM head on the T image tokens of each picture.
         labels: `(rows, length)`, ids of the words to learn, -100 elsewhere.
         pictures: `(rows,)`, how many of the I pictures, in order, are each row's; the words of a row go to all of them.
-        end: Id of the token that ends an answer, which is no word; None if there is none.
+        end: Id or ids of tokens that end an answer, which are no words; None if there is none.
     """
-    words = (labels != IGNORED) & (labels != end)
+    ends = [end] if isinstance(end, int) else end or []
+    words = (labels != IGNORED) & ~torch.isin(labels, labels.new_tensor(ends))
     present = logits.new_zeros(len(labels), logits.shape[-1], dtype=torch.float32)  # (rows, V)
     present.scatter_reduce_(1, labels.clamp(min=0), words.float(), "amax")
     target = present / present.sum(1, keepdim=True).clamp(min=1)

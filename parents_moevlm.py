@@ -136,13 +136,13 @@ class Shards(Mapping):
 def weight_files(folder: Path) -> list[Path]:
     """The files with a checkpoint's weights: one whole file, as transformers prefers, or those that its index names.
 
-    Without either all of the kind, safetensors before .bin; never `consolidated*`, the same weights in Mistral's and
-    Meta's own names.
+    Without either all of the kind, safetensors before .bin; no other names, such as `consolidated*` and `open_clip*`,
+    which are the same weights in others' forms.
 
     Raises:
         FileNotFoundError: There is none, or one is missing.
     """
-    for stem, suffix, pattern in (("model", ".safetensors", "*"), ("pytorch_model", ".bin", "pytorch_model*")):
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         whole, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
         if whole.exists():
             return [whole]
@@ -151,10 +151,9 @@ def weight_files(folder: Path) -> list[Path]:
             if missing := [name for name in names if not (folder / name).exists()]:
                 raise FileNotFoundError(f"{index} names {', '.join(missing)}, not in the folder; download it whole")
             return [folder / name for name in names]
-        found = [path for path in folder.glob(f"{pattern}{suffix}") if not path.name.startswith("consolidated")]
-        if found:
-            return sorted(found)
-    raise FileNotFoundError(f"{folder} holds no *.safetensors and no pytorch_model*.bin; download it whole")
+        if found := sorted(folder.glob(f"{stem}*{suffix}")):
+            return found
+    raise FileNotFoundError(f"{folder} holds no model*.safetensors and no pytorch_model*.bin; download it whole")
 
 
 def open_parents(sources: Mapping[str, str]) -> dict[str, Parent]:
@@ -195,6 +194,8 @@ def read_configs(sources: Mapping[str, str]) -> dict[str, PretrainedConfig | dic
         elif fields:
             refuse_unknown(fields.get("model_type"), source)
             configs[role] = AutoConfig.for_model(**fields)
+        elif source.endswith(".gguf") or (not Path(source).is_dir() and packaged_gguf(source)):
+            raise ValueError(f"{role}={source} is a GGUF file, whose config is not read alone; give a folder or .json")
         else:
             configs[role] = AutoConfig.from_pretrained(source)
     return configs
@@ -223,10 +224,10 @@ def open_parent(source: str) -> Parent:
 def downloaded(source: str) -> Path:
     """The local snapshot of a Hub repository: settings, tokenizer, and weights in safetensors, else in .bin files."""
     try:
-        for weights in ("*.safetensors", "pytorch_model*.bin"):
+        # Not the same weights once more: in Mistral's, Meta's or OpenCLIP's own names, in other formats (onnx/).
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
             patterns = ["*.json", "*.model", "*.jinja", "*.txt", weights]
-            # The same weights once more: in Mistral's or Meta's own names, in other formats (onnx/).
-            folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
+            folder = Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
             if any(folder.glob(weights)):
                 break
         return folder
@@ -251,6 +252,11 @@ def open_gguf(source: str, path: Path) -> Parent:
     """A GGUF text model, dequantised to float32 by transformers."""
     if gguf is None:
         raise ImportError(f"{path} is a GGUF file, which needs the package gguf; run: pip install gguf")
+    reader = gguf.GGUFReader(path)
+    lost = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_freqs")]
+    kinds = {name: one.contents() for name, one in reader.fields.items() if name.endswith("rope.scaling.type")}
+    if lost := lost + [name for name, kind in kinds.items() if kind != "none"]:
+        raise ValueError(f"{path} scales positions ({lost[0]}), which transformers would drop; give it as safetensors")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     )

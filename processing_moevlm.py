@@ -236,9 +236,7 @@ def build_processor(config, tokenizer) -> MoeVlmProcessor:
     """
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    template = CHAT_TEMPLATE
-    if tokenizer.chat_template is not None:
-        template = template_for_parts(tokenizer.get_chat_template())
+    template = CHAT_TEMPLATE if tokenizer.chat_template is None else template_for_parts(tokenizer.get_chat_template())
     # Both are saved into one file: a tokenizer that is loaded alone shall render the same chats.
     tokenizer.chat_template = template
     size = config.vision_config.image_size
@@ -249,13 +247,14 @@ def build_processor(config, tokenizer) -> MoeVlmProcessor:
 
 
 def template_for_parts(template: str) -> str:
-    """The chat template itself if it takes content as a list of parts, else one that makes strings of them first."""
-    probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+    """The chat template itself if it takes pictures and texts as parts, else one that makes strings of them first."""
+    probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}]
     try:
         (rendered,), _ = render_jinja_template([probe], chat_template=template)
     except Exception:  # a template may fail in any way on a list where it wants a string
         rendered = ""
-    return template if "probe" in rendered and "type" not in rendered else PARTS_TO_STRING + template
+    whole = "probe" in rendered and "type" not in rendered and rendered.count(IMAGE_TOKEN) == 1
+    return template if whole else PARTS_TO_STRING + template
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -19,6 +19,9 @@ from .modeling_moevlm import MoeVlmForConditionalGeneration
 ROWS, TEXT_LENGTH = 2, 48
 # Of float32, as a share of the largest logit: identity modes must stay below.
 BOUND = 1e-4
+# In a sparse parent float error decides between experts that are nearly tied, and a token then differs in earnest. A wrong
+# map spoils nearly all positions; where no larger share of them is off, it was such a tie.
+TIED = 0.1
 
 
 class Probe(NamedTuple):
@@ -156,6 +159,8 @@ def prove(
     """
     config, dtype, model = model.config, model.dtype, model.float().eval()
     main = parents.get("whole") or parents["text"]
+    settings = main.config.get_text_config()
+    routed = any(getattr(settings, name, None) for name in ("num_experts", "num_local_experts"))
     placeholder = parent_image_token(main.config) if "whole" in parents else config.image_token_id
     vocab_size = min(main.config.get_text_config().vocab_size, config.text_config.vocab_size)
     probe = probe_of(config, vocab_size, placeholder)
@@ -164,14 +169,14 @@ def prove(
     model.to("meta")
     if "whole" in parents:
         whole = rounded(load(main, "whole"), dtype)
-        return compare(ours, outputs_of_whole(whole, probe, config.image_token_id))
+        return compare(ours, outputs_of_whole(whole, probe, config.image_token_id), routed=routed)
     features = ours.tower
     if parents["vision"].family != "scratch":
         features = features_of_tower(rounded(load(parents["vision"], "vision"), dtype), probe.pictures, feature_layer)
     else:
         ours = ours._replace(tower=None)
     text = rounded(load(main, "text"), dtype)
-    return compare(ours, outputs_of_pair(text, connector, features, probe, config.image_token_id))
+    return compare(ours, outputs_of_pair(text, connector, features, probe, config.image_token_id), routed=routed)
 
 
 @torch.no_grad()
@@ -183,16 +188,22 @@ def rounded(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.float()
 
 
-def compare(ours: Outputs, parents: Outputs) -> dict[str, dict[str, float]]:
-    """Largest difference of each output to the parent's, and as a share of its largest value; nothing for None."""
+def compare(ours: Outputs, parents: Outputs, *, routed: bool = False) -> dict[str, dict[str, float]]:
+    """Largest difference of each output to the parent's, and as a share of its largest value; nothing for None.
+
+    Args:
+        routed: Whether the parent's decoder chooses among experts; then also the share of positions above [`BOUND`].
+    """
     table = {}
     for name in Outputs._fields:
         mine, theirs = getattr(ours, name), getattr(parents, name)
         if mine is None or theirs is None:
             continue
-        difference = (mine[..., : theirs.shape[-1]] - theirs).abs().max().item()
-        scale = theirs.abs().max().item()
-        table[name] = {"largest_difference": difference, "scale": scale, "relative": difference / scale}
+        differences = (mine[..., : theirs.shape[-1]] - theirs).abs().amax(-1)  # (B, S) or (I, P)
+        largest, scale = differences.max().item(), theirs.abs().max().item()
+        table[name] = {"largest_difference": largest, "scale": scale, "relative": largest / scale}
+        if routed and name != "tower":
+            table[name]["positions_off"] = (~(differences / scale < BOUND)).float().mean().item()
     return table
 
 
@@ -200,11 +211,11 @@ def refuse_difference(proof: Mapping[str, Mapping[str, float]], outputs: Iterabl
     """Raise unless these outputs, where the proof has them, are the parent's within float error.
 
     Raises:
-        RuntimeError: A difference above [`BOUND`].
+        RuntimeError: A difference above [`BOUND`], with a sparse parent at more than [`TIED`] of the positions.
     """
     for name in proof.keys() & set(outputs):
         row = proof[name]
-        if not row["relative"] < BOUND:
+        if not row["relative"] < BOUND and row.get("positions_off", 1.0) > TIED:
             raise RuntimeError(
                 f"{name}: the upcycled model differs from its parent by {row['largest_difference']:.3g}, "
                 f"{row['relative']:.1e} of the scale, above {BOUND}; nothing was written"
@@ -303,6 +314,7 @@ def table_of(report: Mapping[str, Any]) -> str:
         lines += [
             f"{name + ':':<10} largest difference{of} to the parent {row['largest_difference']:.2e} at a scale of "
             f"{row['scale']:.3g} ({row['relative']:.1e})"
+            + (f", off at {row['positions_off']:.1%} of positions" if row.get("positions_off") else "")
             for name, row in rows.items()
         ]
     if not report["proof"]:

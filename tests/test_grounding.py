@@ -28,6 +28,8 @@ def test_the_loss_is_the_definition():
     assert image_words_loss(logits, labels, EACH, None).item() == pytest.approx(
         by_hand(logits, [{2, 4, END}, {0, END}]), rel=1e-5
     )
+    ends = [END, 4]  # Llama 3's instructed models have three
+    assert image_words_loss(logits, labels, EACH, ends).item() == pytest.approx(by_hand(logits, [{2}, {0}]), rel=1e-5)
 
 
 def test_each_picture_gets_the_words_of_its_own_row():

@@ -223,7 +223,8 @@ def test_a_sparse_parent_in_shards_is_the_same_as_in_one_file(parent, upcycle, t
     assert report["keys"]["text"]["merged"]
 
 
-TEMPLATE = "{% for m in messages %}NAME: {% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+PART = "{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+TEMPLATE = f"{{% for m in messages %}}NAME: {{% for c in m['content'] %}}{PART}{{% endfor %}}{{% endfor %}}"
 
 
 def test_a_whole_parent_keeps_its_processors_chat_template(parent, upcycle, tmp_path):

@@ -382,6 +382,23 @@ def test_a_bad_array_is_an_error(array):
         open_image(array)
 
 
+@pytest.mark.parametrize(
+    ("written", "own"), [("<image>", True), ("[IMG]", False), ("", False)], ids=["image", "other", "none"]
+)
+def test_a_template_that_writes_pictures_in_its_own_way_gets_them_as_text(config, written, own):
+    tokenizer = train_tokenizer(["a red circle"], 300)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+        f"{{% if c.type == 'image' %}}{written}{{% else %}}{{{{ c.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}"
+        "{% endfor %}"
+    )
+    theirs = tokenizer.chat_template
+    processor = build_processor(config, tokenizer)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    assert processor.apply_chat_template(chat) == "<image>what?"
+    assert (processor.chat_template == theirs) == own
+
+
 # Tokenizer
 
 

@@ -432,6 +432,7 @@ def test_a_siblings_weights_in_other_names_and_stale_ones_are_left_alone(parents
     folder = copied(parents / "text", tmp_path / "text")
     before = Shards(folder)
     save_file({"norm.weight": torch.ones(32)}, folder / "consolidated.safetensors")
+    save_file({"ln_final.weight": torch.ones(32)}, folder / "open_clip_model.safetensors")
     save_file({"model.norm.weight": torch.ones(7)}, folder / "model-00001-of-00002.safetensors")
     after = Shards(folder)
     assert set(after) == set(before) and len(before) > 1
@@ -439,6 +440,13 @@ def test_a_siblings_weights_in_other_names_and_stale_ones_are_left_alone(parents
     # transformers, too, leaves shards and their index beside a whole file that was saved later.
     save_file({"model.norm.weight": torch.zeros(5)}, folder / "model.safetensors")
     assert [tensor.shape for tensor in Shards(folder).values()] == [(5,)]
+
+
+def test_weights_in_other_names_do_not_hide_a_bin_file(parents, tmp_path):
+    folder = copied(parents / "text", tmp_path / "text")
+    as_bin(folder)
+    save_file({"ln_final.weight": torch.ones(32)}, folder / "open_clip_model.safetensors")
+    assert set(Shards(folder)) == set(Shards(parents / "text"))
 
 
 def test_shards_of_two_savings_without_an_index_are_not_mixed(tmp_path):
@@ -498,17 +506,15 @@ def test_a_parent_is_fetched_from_the_hub_without_its_duplicates(kind, hub, pare
         as_bin(folder)
     else:
         (folder / "pytorch_model.bin").write_text("the same once more")
-    others = {
-        name: b"the same once more" for name in ("consolidated.safetensors", "original/params.json", "model.onnx")
-    }
-    on_the_hub(hub, "me/text", folder, **others)
+    others = ("consolidated.safetensors", "open_clip_model.safetensors", "original/params.json", "model.onnx")
+    on_the_hub(hub, "me/text", folder, **dict.fromkeys(others, b"the same once more"))
     parent = open_parent("me/text")
     expected = Shards(parents / "text")
     assert set(parent.weights) == set(expected)
     assert torch.equal(parent.weights["model.norm.weight"], expected["model.norm.weight"])
     assert read_tokenizer(parent).chat_template == PLAIN_TEMPLATE
     fetched = {path.name for path in parent.folder.rglob("*")}
-    assert not fetched & {"consolidated.safetensors", "original", "params.json", "model.onnx"}
+    assert not fetched & {*others, "original", "params.json"}
     assert ("pytorch_model.bin" in fetched) == (kind == "bin")
 
 
@@ -545,6 +551,47 @@ def test_a_gguf_file_is_a_text_parent(tied, tmp_path, parents, command):
         torch.testing.assert_close(logits, original(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
     words = [{"role": "user", "content": "a red"}]
     assert processor.apply_chat_template(words) == "[user] a red\n"
+
+
+@needs_gguf
+@pytest.mark.parametrize(("scaling", "named"), [("tensor", "rope_freqs.weight"), ("yarn", "llama.rope.scaling.type")])
+def test_scaled_positions_that_transformers_would_drop_are_refused(scaling, named, tmp_path, monkeypatch):
+    import gguf_parent
+    from gguf import RopeScalingType
+
+    class Scaled(gguf_parent.GGUFWriter):
+        def write_header_to_file(self):
+            if scaling == "tensor":
+                self.add_tensor("rope_freqs.weight", torch.ones(4).numpy())
+            else:
+                self.add_rope_scaling_type(RopeScalingType(scaling))
+            super().write_header_to_file()
+
+    monkeypatch.setattr(gguf_parent, "GGUFWriter", Scaled)
+    original = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TEXT))
+    gguf_parent.write_gguf(tmp_path / "llama.gguf", original)
+    with pytest.raises(ValueError, match=rf"scales positions \({named}\), .* give it as safetensors"):
+        open_parent(str(tmp_path / "llama.gguf"))
+
+
+def test_plan_refuses_a_gguf_file_by_name():
+    with pytest.raises(ValueError, match="text=x.gguf is a GGUF file, whose config is not read alone"):
+        parents_moevlm.read_configs({"text": "x.gguf"})
+
+
+def test_a_tie_between_experts_is_no_other_model_and_a_wrong_map_is():
+    theirs = torch.randn(2, 48, 30)
+    tie, wrong = theirs.clone(), theirs + 0.1
+    tie[1, 7] += 0.1
+    ours = [proof_moevlm.Outputs(theirs, logits, None) for logits in (theirs, tie, wrong)]
+    parent = proof_moevlm.Outputs(theirs, theirs, None)
+    same, tied, other = (proof_moevlm.compare(each, parent, routed=True) for each in ours)
+    assert [found["pictures"]["positions_off"] for found in (same, tied, other)] == pytest.approx([0, 1 / 96, 1])
+    proof_moevlm.refuse_difference(same)
+    proof_moevlm.refuse_difference(tied)
+    for found in (other, proof_moevlm.compare(ours[1], parent)):
+        with pytest.raises(RuntimeError, match="pictures: the upcycled model differs from its parent"):
+            proof_moevlm.refuse_difference(found)
 
 
 @needs_gguf
