@@ -2,10 +2,12 @@
 """The base class of every MoeVlm module, and everything that differs between transformers 4.57 and 5.x."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
@@ -44,6 +46,7 @@ SHIPPED = (
     "router_losses",
     "kernels",
     "graphs",
+    "generation",
     "experts",
     "vision",
     "modeling",
@@ -78,6 +81,11 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
     arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
     direct = takes_direct_mask(config, attention_mask)
     if segment_ids is not None:
+        if "flash" in config._attn_implementation and segment_ids.any():
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation} knows no segments, so that packed questions would "
+                "read each other; use sdpa or flex_attention"
+            )
         keys = segment_ids.unsqueeze(1)  # (B, 1, S)
         visible = (keys == 0) | (keys == segment_ids.unsqueeze(2))  # (B, S, S)
         fresh = past_key_values is None or (not past_key_values.is_compileable and not past_key_values.get_seq_length())
@@ -195,6 +203,10 @@ class MoeVlmPreTrainedModel(PreTrainedModel):
             config, place = config.get_text_config(), {"cache_position": cache_position}
             return attention_mask_for(config, input_embeds, attention_mask, past_key_values, position_ids, None, place)
 
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+            """As in transformers 5, where the default is not the reentrant kind."""
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
         def set_experts_implementation(self, experts_implementation):
             """As in transformers 5: a name for all parts, or a dict of names by `sub_configs` key ("" for the rest)."""
             wishes = (
@@ -203,6 +215,17 @@ class MoeVlmPreTrainedModel(PreTrainedModel):
             for wish in wishes.values():
                 self.get_correct_experts_implementation(wish)
             self.config._experts_implementation = experts_implementation
+
+    def _set_gradient_checkpointing(self, *args, gradient_checkpointing_func=checkpoint, **kwargs):
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True would lose gradients of the router losses; leave it out, or False")
+        run_again = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(*args, gradient_checkpointing_func=run_again, **kwargs)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # `save_pretrained(push_to_hub=True)` uploads before it returns.
+        copy_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, config and the code that loads them, so that any machine can with `trust_remote_code=True`.

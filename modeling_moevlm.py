@@ -10,7 +10,6 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,6 +21,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .base_moevlm import IS_TRANSFORMERS_5, ROUTER_RECORDERS, MoeVlmPreTrainedModel, attention_mask_for, init, recorded
 from .configuration_moevlm import MoeVlmConnectorConfig, MoeVlmTextConfig
 from .experts_moevlm import MoeVlmMLP, MoeVlmSparseBlock
+from .generation_moevlm import MoeVlmGenerationMixin
 from .graphs_moevlm import opaque_experts  # noqa: F401 (transformers 4.57 copies only the files named here)
 from .kernels_moevlm import grouped_experts  # noqa: F401
 from .router_losses_moevlm import router_losses
@@ -442,27 +442,29 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
                     f"input_ids has {wanted} image placeholders, but {image_tokens.shape[0]} pictures give {given} "
                     f"image tokens ({image_tokens.shape[1]} each); build both with the processor"
                 )
-        positions = image_positions.unsqueeze(-1).expand_as(inputs_embeds)
-        return inputs_embeds.masked_scatter(positions, image_tokens.to(inputs_embeds.dtype))
+        positions = image_positions.to(inputs_embeds.device).unsqueeze(-1).expand_as(inputs_embeds)
+        return inputs_embeds.masked_scatter(positions, image_tokens.to(inputs_embeds))
 
     def refuse_placeholders(self, input_ids):
-        """Raise `ValueError` if a call without pictures has placeholders; a single decoded token is not looked at."""
+        """Raise `ValueError` if a call without pictures has placeholders in its ids `(B, S)`, where S is above 1."""
         if input_ids is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
             return
         if (input_ids == self.config.image_token_id).any():
             raise ValueError("input_ids has image placeholders, but there are no pixel_values; pass the pictures too")
 
     def visit_unused_tower(self, inputs_embeds):
-        """A zero that depends on tower and connector, for a training batch without pictures.
+        """`inputs_embeds` `(B, S, D)` plus a zero that depends on tower and connector, for a batch without pictures.
 
         Every rank must run the same modules: FSDP2 would wait and DDP would raise on a text-only rank beside an image
         rank. BatchNorm statistics stay as they are.
         """
-        config, training = self.config.vision_config, self.vision_tower.training
+        config = self.config.vision_config
+        modes = [(module, module.training) for module in self.vision_tower.modules()]
         blank = inputs_embeds.new_zeros(1, config.num_channels, config.image_size, config.image_size)
         self.vision_tower.eval()
         tokens = self.encode_images(blank).tokens
-        self.vision_tower.train(training)
+        for module, training in modes:
+            module.training = training
         return inputs_embeds + 0.0 * tokens.sum().to(inputs_embeds.dtype)
 
     @can_return_tuple
@@ -549,7 +551,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
 HANDED_ON = ("past_key_values", "hidden_states", "attentions", "image_hidden_states")
 
 
-class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
+class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, MoeVlmGenerationMixin):
     """MoeVlm with a language modelling head: captions, answers, dialogue."""
 
     input_modalities = ("image", "text")
@@ -664,35 +666,6 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, GenerationMixin):
             router_indices=outputs.router_indices if output_router_logits else None,
             **{name: getattr(outputs, name) for name in HANDED_ON},
         )
-
-    # generate() takes inputs_embeds only where they are named here.
-    def prepare_inputs_for_generation(
-        self, input_ids, pixel_values=None, inputs_embeds=None, cache_position=None, **kwargs
-    ):
-        """As in transformers, with the pictures at the first step only; later steps find them in the cache."""
-        kwargs["inputs_embeds"] = inputs_embeds
-        if IS_TRANSFORMERS_5:  # does the same by itself
-            return super().prepare_inputs_for_generation(input_ids, pixel_values=pixel_values, **kwargs)
-        inputs = super().prepare_inputs_for_generation(input_ids, cache_position=cache_position, **kwargs)
-        first_step = not kwargs.get("use_cache", True) or cache_position is None or cache_position[0] == 0
-        inputs["pixel_values"] = pixel_values if first_step else None
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeat each row for beams or samples, and the pictures of each row with it, in the row's order."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
-            embeds = model_kwargs.get("inputs_embeds")
-            positions = self.model.image_positions(input_ids if embeds is None else None, embeds)  # (B, S)
-            per_row = positions.sum(-1) // self.config.image_seq_length  # (B,)
-            rows = pixel_values.split(per_row.tolist())
-            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
 
 
 __all__ = ["MoeSummary", "MoeVlmConnector", "MoeVlmForConditionalGeneration", "MoeVlmModel", "MoeVlmPreTrainedModel"]

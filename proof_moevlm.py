@@ -19,8 +19,8 @@ from .modeling_moevlm import MoeVlmForConditionalGeneration
 ROWS, TEXT_LENGTH = 2, 48
 # Of float32, as a share of the largest logit: identity modes must stay below.
 BOUND = 1e-4
-# In a sparse parent float error decides between experts that are nearly tied, and a token then differs in earnest. A wrong
-# map spoils nearly all positions; where no larger share of them is off, it was such a tie.
+# In a sparse parent float error decides between experts that are nearly tied, and a token then differs in earnest. A
+# wrong map spoils nearly all positions; where no larger share of them is off, it was such a tie.
 TIED = 0.1
 
 

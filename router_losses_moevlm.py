@@ -238,13 +238,14 @@ def router_losses(config, outputs, attention_mask=None, num_tokens_in_batch=None
     masks = (None, None, attention_mask), (None, None, outputs.image_mask)
     totals = num_tokens_in_batch
     weighted, parts, start = 0.0, [], 0
+    device = outputs.last_hidden_state.device  # `device_map` may have spread the layers
     for part_config, layers, mask, image_mask in zip(
         (config.vision_config, config.connector_config, config.text_config), outputs.router_layers, *masks
     ):
         if not layers:
             continue
         logits, indices, choices = (
-            values[start : start + layers]
+            tuple(value.to(device) for value in values[start : start + layers])
             for values in (outputs.router_logits, outputs.router_indices, outputs.router_choices)
         )
         rules = rules_of(part_config)

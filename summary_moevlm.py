@@ -163,7 +163,8 @@ def matrix_entries(model):
     configs, entries = part_configs(model.config), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape = shape_of(parameter)
-        matrix = len(shape) == (3 if ".experts." in name else 2)  # stacked experts have biases of two dimensions
+        stacked = ".experts." in name and not name.endswith(".weight")  # with biases of two dimensions
+        matrix = len(shape) == (3 if stacked else 2)
         lookup = "embed_tokens." in name or "position_embedding." in name
         if matrix and not lookup and ADAPTER not in name and UNUSED_COPY not in name:
             entries[part_of(name)] += visited(name, prod(shape), configs)

@@ -137,9 +137,6 @@ class MoeVlmTrainingArguments(TrainingArguments):
             self.accelerator_config = {"dispatch_batches": False}
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            # The reentrant kind loses gradients when a part is frozen.
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if not torch.accelerator.is_available():
             self.use_cpu = True
             self.dataloader_pin_memory = False

@@ -82,6 +82,10 @@ class MoeVlmConvStem(nn.Module):
 class MoeVlmPositionEmbedding(nn.Embedding):
     """Learned positions of a square grid of patches, the class token's first if there is one."""
 
+    def forward(self):
+        """All of them, `(positions, D)`; a call, because hooks fetch what `device_map` left on the disk."""
+        return self.weight
+
 
 class MoeVlmVisionEmbeddings(nn.Module):
     """Patches plus learned positions; positions are interpolated for pictures of another size."""
@@ -106,7 +110,7 @@ class MoeVlmVisionEmbeddings(nn.Module):
 
     def patch_positions(self, rows, columns):
         """Position embeddings of a `rows x columns` grid, `(1, rows*columns, D)`."""
-        weight = self.position_embedding.weight[-(self.side**2) :]  # the class token's comes first
+        weight = self.position_embedding()[-(self.side**2) :]  # the class token's comes first
         if rows != self.side or columns != self.side:
             grid = weight.unflatten(0, (self.side, self.side)).permute(2, 0, 1).unsqueeze(0)  # (1, D, side, side)
             grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic", align_corners=False)
@@ -123,7 +127,7 @@ class MoeVlmVisionEmbeddings(nn.Module):
         patches = patches.flatten(2).transpose(1, 2) + positions  # (I, P, D)
         if self.class_embedding is None:
             return patches
-        first = self.class_embedding + self.position_embedding.weight[0]
+        first = self.class_embedding + self.position_embedding()[0]
         return torch.cat([first.expand(patches.shape[0], 1, -1), patches], dim=1)
 
 

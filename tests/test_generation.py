@@ -1,5 +1,7 @@
 """Decoding: the cache against the full forward, batches against single calls, beams and samples with pictures."""
 
+import copy
+
 import pytest
 import torch
 from conftest import IMAGE_TOKEN
@@ -112,6 +114,58 @@ def test_a_batch_of_different_lengths_generates_what_the_single_calls_do(model):
     rows, pixels = prompts()
     together = generated(model, **left_padded(rows), pixel_values=pixels)
     assert torch.equal(together, one_by_one(model, rows, pixels))
+
+
+@torch.no_grad()
+def test_a_model_without_settings_never_writes_a_placeholder(tiny):
+    tiny.lm_head.weight[IMAGE_TOKEN] = 0
+    tiny.lm_head.weight.abs_().mul_(-1)  # the placeholder's is the largest logit where all states are positive
+    scores = tiny.generate(row(5), max_new_tokens=2, output_scores=True, return_dict_in_generate=True).scores
+    assert all(step[0, IMAGE_TOKEN] == -float("inf") for step in scores)
+
+
+@pytest.mark.parametrize("prompt", ["lookup", "assistant"])
+def test_assisted_generation_equals_greedy_decoding(model, prompt):
+    model.generation_config.eos_token_id = 1  # the assistant's settings need one
+    ids, pixels = row(14, 3), torch.randn(1, 3, 32, 32)
+    expected = generated(model, input_ids=ids, pixel_values=pixels)
+    ids[0, 2] = expected[0, 0]  # so that lookup finds the placeholders behind it
+    expected = generated(model, input_ids=ids, pixel_values=pixels)
+    options = {"prompt_lookup_num_tokens": 5} if prompt == "lookup" else {"assistant_model": copy.deepcopy(model)}
+    assert torch.equal(generated(model, input_ids=ids, pixel_values=pixels, **options), expected)
+
+
+@pytest.mark.parametrize("given", ["all pictures", "the new one"])
+def test_a_conversation_goes_on_from_its_cache(model, given):
+    pixels, cache = torch.randn(2, 3, 32, 32), DynamicCache(config=model.config.text_config)
+    first = model.generate(
+        row(14, 3), pixel_values=pixels[:1], past_key_values=cache, do_sample=False, max_new_tokens=4
+    )
+    ids = torch.cat([first, row(5)], 1)
+    fresh = generated(model, input_ids=ids, pixel_values=pixels[:1])
+    assert torch.equal(generated(model, input_ids=ids, pixel_values=pixels[:1], past_key_values=cache), fresh)
+    ids = torch.cat([ids, fresh, row(9, 2)], 1)
+    shown = pixels if given == "all pictures" else pixels[1:]
+    fresh = generated(model, input_ids=ids, pixel_values=pixels)
+    assert torch.equal(generated(model, input_ids=ids, pixel_values=shown, past_key_values=cache), fresh)
+
+
+def test_two_conversations_go_on_from_one_cache(model):
+    pixels, cache = torch.randn(5, 3, 32, 32), DynamicCache(config=model.config.text_config)
+    first = torch.cat([row(14, 3), row(14, 9)])
+    first = model.generate(first, pixel_values=pixels[[0, 2]], past_key_values=cache, do_sample=False, max_new_tokens=2)
+    ids = torch.cat([first, torch.cat([row(12, 2), row(12, 1, 7)])], 1)
+    fresh = generated(model, input_ids=ids, pixel_values=pixels)
+    assert torch.equal(generated(model, input_ids=ids, pixel_values=pixels, past_key_values=cache), fresh)
+
+
+def test_beams_of_pictures_of_another_size(model):
+    ids, pixels = torch.randint(6, 64, (1, 24)), torch.randn(1, 3, 64, 64)
+    ids[:, 2:18] = IMAGE_TOKEN
+    beams = generated(model, input_ids=ids, pixel_values=pixels, num_beams=2, num_return_sequences=2)
+    assert beams.shape == (2, 6)
+    with pytest.raises(ValueError, match="input_ids has 0 image placeholders, but 1 pictures"):
+        generated(model, input_ids=row(14), pixel_values=pixels[..., :32, :32], num_beams=2)
 
 
 def test_beams_keep_each_rows_pictures(model):

@@ -389,12 +389,50 @@ def test_the_base_model_gives_the_states_that_the_head_reads(tiny, batch):
 # Gradients
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny, batch):
-    tiny.train()
+@pytest.mark.parametrize("kwargs", [{}, {"gradient_checkpointing_kwargs": {"preserve_rng_state": False}}])
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_gradient_checkpointing_changes_no_gradient(config, batch, kwargs):
+    tiny = with_heavy_router_losses(config)
     expected = gradients(tiny, **batch)
-    tiny.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tiny.gradient_checkpointing_enable(**kwargs)
+    tiny.language_model.train(), tiny.vision_tower.layers.train()  # else nothing is made again
     assert tiny.language_model.layers[0].gradient_checkpointing and tiny.vision_tower.layers[0].gradient_checkpointing
     assert_same_gradients(gradients(tiny, **batch), expected)
+
+
+def test_reentrant_checkpointing_is_refused(tiny):
+    with pytest.raises(ValueError, match="use_reentrant=True would lose gradients of the router losses"):
+        tiny.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_a_batch_without_pictures_leaves_frozen_batch_norms_as_they_are(tiny, batch):
+    tiny.train()
+    tiny.vision_tower.embeddings.eval()
+    tiny(input_ids=batch["input_ids"].clamp(min=6), labels=batch["labels"])
+    assert tiny.vision_tower.layers.training and not tiny.vision_tower.embeddings.training
+
+
+def test_segments_are_not_dropped_by_flash_attention(config):
+    config.text_config._attn_implementation = "flash_attention_2"
+    segments = torch.tensor([[0, 0, 1, 1]])
+    given = (torch.zeros(1, 4, 32), torch.ones(1, 4).long(), None, torch.tensor([[0, 1, 2, 3]]))
+    with pytest.raises(ValueError, match="flash_attention_2 knows no segments.*use sdpa or flex_attention"):
+        attention_mask_for(config.text_config, *given, segments, {"cache_position": torch.arange(4)})
+    attention_mask_for(config.text_config, *given, 0 * segments, {"cache_position": torch.arange(4)})
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_a_tower_may_lie_on_the_disk(tiny, batch, tmp_path, class_token):
+    config = tiny.config
+    config.vision_config.use_class_token = class_token
+    model = MoeVlmForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.vision_tower": "disk", "model.connector": "cpu", "model.language_model": "cpu", "lm_head": "cpu"}
+    loaded = MoeVlmForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "off"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, **CLOSE)
 
 
 def with_heavy_router_losses(config):

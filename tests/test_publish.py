@@ -151,13 +151,16 @@ def test_the_command_publishes_one_commit_and_the_card_tells_how_to_load_it(
     assert stranger("\n".join(blocks).replace('"main"', f'"{repo.sha}"'), tmp_path).strip()
 
 
-def test_push_to_hub_of_model_and_processor_is_enough_to_load_them(hub, checkpoint, tiny_pair, tmp_path):
+@pytest.mark.parametrize(
+    "call", ['push_to_hub("acme/pushed")', 'save_pretrained("saved", push_to_hub=True, repo_id="acme/pushed")']
+)
+def test_push_to_hub_of_model_and_processor_is_enough_to_load_them(call, hub, checkpoint, tiny_pair, tmp_path):
     push = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import moevlm, transformers
 for auto in (transformers.AutoModelForImageTextToText, transformers.AutoProcessor):
-    auto.from_pretrained({str(checkpoint)!r}).push_to_hub("acme/pushed")
+    auto.from_pretrained({str(checkpoint)!r}).{call}
 """
     stranger(push, tmp_path)
     load = f"""

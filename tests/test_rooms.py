@@ -34,7 +34,9 @@ SHIPPED_MAY_IMPORT = {
         "sparsity",
         "summary",
         "configuration",
+        "generation",
     },
+    "generation": set(),
     "processing": {"configuration"},
 }
 # The Trainer's guard rails are a file of their own, and stand in every Trainer, whoever builds it. Keys of YAML files

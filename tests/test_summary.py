@@ -8,6 +8,7 @@ from conftest import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from moevlm.configuration_moevlm import MoeVlmConfig
+from moevlm.layouts_moevlm import unpack_experts
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.summary_moevlm import sparse_layers
 from moevlm.training_moevlm import ModelArguments, adapt, freeze
@@ -33,6 +34,13 @@ def test_active_parameters_are_those_of_the_model_with_only_as_many_experts_as_a
     # The router itself is met whole, whatever it chooses.
     expected = sum(p.numel() for p in smaller.parameters()) - fewer_gates + gates
     assert tiny.moe_summary().active_parameters == expected
+
+
+def test_unpacking_the_experts_changes_no_count(tiny):
+    before = tiny.moe_summary()
+    after = unpack_experts(copy.deepcopy(tiny)).moe_summary()
+    names = ("parameters", "active_parameters", "weight_flops")
+    assert [getattr(after, name) for name in names] == [getattr(before, name) for name in names]
 
 
 def test_fewer_experts_per_token_lower_the_active_parameters_without_a_new_model(tiny):

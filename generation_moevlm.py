@@ -1,0 +1,72 @@
+# Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
+"""Pictures in `generate`: each is encoded once, stays beside its row, and is never asked for by the model itself."""
+
+import torch
+from transformers import GenerationMixin
+
+
+class MoeVlmGenerationMixin(GenerationMixin):
+    """What `generate` must know of pictures; the rest is the library's.
+
+    Shapes: B rows, S tokens of the whole sequence, s tokens of a step, I pictures.
+    """
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        # A placeholder that is sampled, or copied out of the prompt by prompt lookup, would want a picture.
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        config.suppress_tokens = sorted({*(config.suppress_tokens or ()), self.config.image_token_id})
+        return config, model_kwargs
+
+    # generate() takes inputs_embeds only where they are named here.
+    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, inputs_embeds=None, **kwargs):
+        """As in transformers, with the pictures that the cache does not hold yet."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        step = inputs.get("input_ids")
+        if pixel_values is not None and step is not None:
+            cache = kwargs.get("past_key_values")
+            pixel_values = self.pictures_of_step(pixel_values, input_ids, step, cache)
+        inputs["pixel_values"] = pixel_values
+        return inputs
+
+    def pictures_of_step(self, pixel_values, input_ids, step, cache):
+        """The pictures whose placeholders are in this step, or None.
+
+        Args:
+            pixel_values: `(I, C, H, W)`, the pictures of the whole sequence, or of this step alone.
+            input_ids: `(B, S)`, the whole sequence.
+            step: `(B, s)`, its tokens that are not in the cache.
+            cache: Of the tokens before, or None.
+        """
+        if step.shape[1] == 1 < input_ids.shape[1]:  # decoding; asking the cache would wait for the device
+            return None
+        if cache is None or not cache.get_seq_length():
+            return pixel_values
+        new, known = ((ids == self.config.image_token_id).sum(1) for ids in (step, input_ids))  # (B,)
+        if not new.any() or torch.equal(new, known):
+            return pixel_values if new.any() else None
+        vision, connector = self.config.vision_config, self.config.connector_config
+        each = (pixel_values.shape[-1] // vision.patch_size // connector.pixel_shuffle_factor) ** 2
+        if len(pixel_values) * each == new.sum():
+            return pixel_values
+        rows = zip(pixel_values.split((known // each).tolist()), (new // each).tolist())
+        return torch.cat([pictures[len(pictures) - count :] for pictures, count in rows])
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeat each row for beams or samples, and the pictures of each row with it, in the row's order."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1:
+            embeds = model_kwargs.get("inputs_embeds")
+            positions = self.model.image_positions(input_ids if embeds is None else None, embeds).sum(1)  # (B,)
+            each = int(positions.sum()) // len(pixel_values)
+            if each and not (positions % each).any():  # else the first forward says what is wrong
+                rows = pixel_values.split((positions // each).tolist())
+                pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+__all__ = ["MoeVlmGenerationMixin"]
