@@ -193,7 +193,8 @@ def activation_bytes(config: MoeVlmConfig, arguments: PlanArguments, counts: Map
     queries, keys, values and outputs, and for each visited expert 3 F (gate, up, product) + D. A layer of the tower
     likewise; none where [`passes`], by part, are 1 and no backward comes. With checkpointing, D a layer and one whole
     layer. On top the logits, 8 bytes each (float32 and gradient), as if every position were learnt.
-    Attention weights are never stored (sdpa, flash).
+    Attention weights are never stored (sdpa, flash). Autocast over float32 weights keeps the states between layers in
+    float32, 2 bytes more for each of their D numbers, which is left out.
     """
     text, vision = config.text_config, config.vision_config
     tokens = arguments.batch_size * arguments.sequence_length
