@@ -42,11 +42,11 @@ class MoeVlmGenerationMixin(GenerationMixin):
         if cache is None or not cache.get_seq_length():
             return pixel_values
         new, known = ((ids == self.config.image_token_id).sum(1) for ids in (step, input_ids))  # (B,)
-        if not new.any() or torch.equal(new, known):
-            return pixel_values if new.any() else None
+        if not new.any():
+            return None
         vision, connector = self.config.vision_config, self.config.connector_config
         each = (pixel_values.shape[-1] // vision.patch_size // connector.pixel_shuffle_factor) ** 2
-        if len(pixel_values) * each == new.sum():
+        if torch.equal(new, known) or len(pixel_values) * each == new.sum():
             return pixel_values
         rows = zip(pixel_values.split((known // each).tolist()), (new // each).tolist())
         return torch.cat([pictures[len(pictures) - count :] for pictures, count in rows])
