@@ -1,8 +1,26 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """Pictures in `generate`: each is encoded once, stays beside its row, and is never asked for by the model itself."""
 
+import math
+
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessor
+
+
+class NoPlaceholder(LogitsProcessor):
+    """Bars the image token: sampled, or copied by prompt lookup, it would want a picture.
+
+    The setting `suppress_tokens` would look for it among all V tokens at each step.
+    """
+
+    def __init__(self, image_token_id):
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids, scores):
+        """Scores `(B, V)` with that of the image token at -inf."""
+        scores = scores.clone()
+        scores[:, self.image_token_id] = -math.inf
+        return scores
 
 
 class MoeVlmGenerationMixin(GenerationMixin):
@@ -11,11 +29,10 @@ class MoeVlmGenerationMixin(GenerationMixin):
     Shapes: B rows, S tokens of the whole sequence, s tokens of a step, I pictures.
     """
 
-    def _prepare_generation_config(self, *args, **kwargs):
-        # A placeholder that is sampled, or copied out of the prompt by prompt lookup, would want a picture.
-        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        config.suppress_tokens = sorted({*(config.suppress_tokens or ()), self.config.image_token_id})
-        return config, model_kwargs
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        processors.insert(0, NoPlaceholder(self.config.image_token_id))  # before top-k may leave it alone
+        return processors
 
     # generate() takes inputs_embeds only where they are named here.
     def prepare_inputs_for_generation(self, input_ids, pixel_values=None, inputs_embeds=None, **kwargs):
