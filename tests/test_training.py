@@ -91,6 +91,21 @@ def text_row(processor):
     return {"images": [], **encode_record(record | {"task": "chat", "id": "t"}, processor)}
 
 
+def mixed_rows(processor, rows):
+    """Eight rows with one picture, none or two."""
+    pictures = [{"type": "image"}] * 2
+    messages = [
+        {"role": "user", "content": [*pictures, {"type": "text", "text": "Is it dark?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+    ]
+    encoded = encode_record({"messages": messages, "task": "chat", "id": "two"}, processor)
+    return [rows[0], text_row(processor), {"images": rows[1]["images"] * 2, **encoded}, rows[2]] * 2
+
+
+def stream_of(rows):
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
 def arguments(folder, **settings):
     quiet = {
         "output_dir": str(folder),
@@ -145,16 +160,8 @@ def test_arguments_of_another_kind_and_model_init_are_refused(rows, processor, t
 
 
 def test_a_stream_of_rows_with_any_number_of_pictures_trains(rows, processor, tmp_path):
-    pictures = [{"type": "image"}] * 2
-    messages = [
-        {"role": "user", "content": [*pictures, {"type": "text", "text": "Is it dark?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
-    ]
-    encoded = encode_record({"messages": messages, "task": "chat", "id": "two"}, processor)
-    mixed = [rows[0], text_row(processor), {"images": rows[1]["images"] * 2, **encoded}, rows[2]]
-    stream = IterableDataset.from_generator(lambda: iter(mixed * 2))
-    found = []
-    for data in (mixed * 2, stream):
+    mixed, found = mixed_rows(processor, rows), []
+    for data in (mixed, stream_of(mixed)):
         trainer = trainer_of(small_model(), data, processor, arguments(tmp_path, per_device_train_batch_size=2))
         trainer._get_train_sampler = lambda *args: None  # in order, as a stream
         trainer.train()
@@ -799,11 +806,14 @@ trainer = t.trainer_of(t.small_model(), rows, processor, args)
 trainer.train()
 balanced = t.balanced_model()
 t.trainer_of(balanced, rows, processor, t.still({folder!r}, per_device_train_batch_size=2)).train()
+stream = t.trainer_of(t.small_model(), t.stream_of(t.mixed_rows(processor, rows)), processor, args)
+stream.train()
 try:
     t.trainer_of(t.small_model(), rows, processor, args, callbacks=[PoisonOneRank()]).train()
 except FloatingPointError as error:
     message = str(error)
 result = {{"gate": gate, "history": trainer.state.log_history, "biases": t.biases(balanced), "message": message}}
+result["stream"] = t.losses(stream)
 batch = MoeVlmCollator(processor)(rows[:4])
 for name, model in (("whole", t.small_model().eval()), ("sharded", t.small_model().eval())):
     if name == "sharded":
@@ -846,6 +856,14 @@ def test_two_ranks_learn_and_log_the_same_as_one(tmp_path, two_ranks):
         for name in names:
             # Batch norm sees half a batch on each rank, so the numbers are near, not equal.
             assert double[name] == pytest.approx(single[name], rel=0.05), name
+
+
+def test_two_ranks_share_a_stream(tmp_path, two_ranks):
+    processor, rows = run_parts()
+    trainer = trainer_of(small_model(), mixed_rows(processor, rows), processor, arguments(tmp_path, max_steps=2))
+    trainer._get_train_sampler = lambda *args: None  # in order, as a stream
+    trainer.train()
+    assert two_ranks[0]["stream"] == two_ranks[1]["stream"] == pytest.approx(losses(trainer), rel=0.05)
 
 
 def test_biases_agree_bit_for_bit_over_ranks_and_with_one_process(tmp_path, two_ranks):
