@@ -3,7 +3,7 @@
 
 from transformers import PretrainedConfig
 
-from .sparsity_moevlm import ExpertsConfig, SparseConfig, check_positive, layer_types_from
+from .sparsity_moevlm import ExpertsConfig, SparseConfig, check_activations, check_positive, layer_types_from
 
 # One map for both transformers lines: 4.57 loads by the old name, 5.x by the new ones.
 AUTO_MAP = {
@@ -100,6 +100,7 @@ class MoeVlmVisionConfig(SparseConfig):
 
     def _check(self):
         check_positive(self, ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size"))
+        check_activations(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}"
@@ -168,6 +169,7 @@ class MoeVlmConnectorConfig(SparseConfig):
 
     def _check(self):
         check_positive(self, ("pixel_shuffle_factor", "hidden_size"))
+        check_activations(self)
         if self.projector not in ("linear", "mlp"):
             raise ValueError(f"projector={self.projector!r} must be 'linear' or 'mlp'")
         for name in ("expert_modalities", "router_aux_loss_per_modality"):
@@ -277,6 +279,9 @@ class MoeVlmTextConfig(SparseConfig):
             ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
             + ("num_key_value_heads", "head_dim", "max_position_embeddings"),
         )
+        check_activations(self)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, but positions turn pairs of numbers; make it even")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "

@@ -7,6 +7,7 @@ Decoder, connector and tower share them, each with its own numbers in its own co
 import math
 
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 # Bounds of routing numbers; 1e-6 stands for: above 0.
 RANGES = {"router_jitter_noise": (0, 1), "shared_expert_mix": (0, 1), "router_top_p": (1e-6, 1)}
@@ -56,6 +57,12 @@ def check_positive(config, names):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_activations(config):
+    for name in ("hidden_act", "expert_act", "projector_act"):
+        if getattr(config, name, "gelu") not in ACT2FN:
+            raise ValueError(f"{name}={getattr(config, name)!r} is unknown; transformers has {', '.join(ACT2FN)}")
 
 
 class ExpertsConfig(PretrainedConfig):
