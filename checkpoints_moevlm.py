@@ -65,7 +65,8 @@ def starting_point(args: TrainingArguments, model: str | None = None) -> str | N
 
 def refuse_to_destroy(args: TrainingArguments, model: str | None) -> None:
     """Raise where the checkpoints in `output_dir` are still needed; errors as in `starting_point`."""
-    if any(Path(model or "").resolve().is_relative_to(path.resolve()) for path in checkpoint_folders(args.output_dir)):
+    saved = checkpoint_folders(args.output_dir)
+    if model and any(Path(model).resolve().is_relative_to(path.resolve()) for path in saved):
         raise FileExistsError(
             f"model_name_or_path={model} is a checkpoint in output_dir={args.output_dir}, which a new run clears; "
             "choose another output_dir"
