@@ -44,7 +44,7 @@ def load_mixture(
         grouped: For training: all questions (or captions) of a picture are turns of one record. Otherwise, for scoring:
             one record a question (or captioned picture), with its `answers` (or `references`).
         skip_bad_rows: Leave out rows that cannot be used and log how many, instead of raising.
-        most_of_a_stream: Only so many records of each source that streams.
+        most_of_a_stream: Outside training, where any source streams, only so many records of each source.
 
     Raises:
         ValueError: For an unknown key, a value out of bounds, a bad row: each names its place and the way out.
@@ -60,14 +60,15 @@ def load_mixture(
     parts = []
     for entry in entries:
         if getattr(entry, "streaming", False):
-            stream = entry.stream(grouped=grouped, skip=skip_bad_rows)
-            parts.append(stream if most_of_a_stream is None else stream.take(most_of_a_stream))
+            parts.append(entry.stream(grouped=grouped, skip=skip_bad_rows))
         else:
             stored = _stored(entry, grouped=grouped, skip=skip_bad_rows)
             parts.append(_for_training(stored, entry) if part == "train" else stored)
     if not any(isinstance(one, IterableDataset) for one in parts):
         return datasets.concatenate_datasets(parts)
     parts = [one.to_iterable_dataset() if isinstance(one, Dataset) else one for one in parts]
+    if part != "train" and most_of_a_stream is not None:
+        parts = [one.take(most_of_a_stream) for one in parts]
     if part != "train" or len(parts) == 1:
         return datasets.concatenate_datasets(parts)
     total = sum(entry.weight for entry in entries)

@@ -67,8 +67,7 @@ def main():
 
 def read_samples(args, tasks, part):
     """What the tasks ask of the part, in their words; bad rows are left out, counted, and stop the run in `settle`."""
-    most = args.max_samples if part != "train" else None
-    rows = load_mixture(args.data, part, grouped=False, skip_bad_rows=True, most_of_a_stream=most)
+    rows = load_mixture(args.data, part, grouped=False, skip_bad_rows=True, most_of_a_stream=args.max_samples)
     samples = evaluation.samples_from(rows)
     asked = [sample for task in tasks for sample in task.samples(samples)]
     lacking = [task.name for task in tasks if all(sample.task != task.name for sample in asked)]

@@ -106,10 +106,13 @@ def read_records(data_args, seed):
     records = {}
     for name, limit in limits.items():
         grouped, part = name in ("train", "dev"), "eval" if name == "dev" else name
-        rows = load_mixture(data_args.data, part, grouped=grouped, skip_bad_rows=data_args.skip_bad_rows)
+        options = {"skip_bad_rows": data_args.skip_bad_rows, "most_of_a_stream": limit}
+        rows = load_mixture(data_args.data, part, grouped=grouped, **options)
         if limit is not None and isinstance(rows, Dataset):
             rows = rows.shuffle(seed=seed).select(range(min(limit, len(rows))))
-        records[name] = rows if limit is None or isinstance(rows, Dataset) else rows.take(limit)
+        elif limit is not None and part == "train":
+            rows = rows.take(limit)
+        records[name] = rows
     return records
 
 

@@ -407,8 +407,10 @@ def test_rows_without_ids_get_some_that_no_other_file_has(tmp_path, photos):
 def test_the_first_records_of_each_stream(tmp_path, parquet):
     lines(tmp_path, {"messages": said("q", "a")}, {"messages": said("q", "a")})
     entries = [{"source": "hub", "path": "chat.jsonl", "streaming": True}, parquet | {"streaming": True}]
+    entries.append({"source": "scenes", "size": 3, "tasks": ["caption"]})
     tasks = [record["task"] for record in load(tmp_path, *entries, part="test", most_of_a_stream=1)]
-    assert tasks == ["chat", "vqa"]
+    assert tasks == ["chat", "vqa", "caption"]
+    assert sum(1 for _ in load(tmp_path, *entries, part="test", most_of_a_stream=9)) == 2 + 3 + 3
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):
