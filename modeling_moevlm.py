@@ -576,7 +576,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, MoeVlmGenerationMixi
         """As [`MoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def score_tokens(self, states, labels, logits_to_keep, skip_logits, shift_labels=None):
+    def score_tokens(self, states, labels, logits_to_keep, skip_logits, shift_labels=None, **kwargs):
         """States `(B, S, D)` -> logits `(B, kept, V)`; or `(n, V)`, and the n next tokens that are learnt by name."""
         if not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -652,9 +652,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, MoeVlmGenerationMixi
             num_experts_per_tok=num_experts_per_tok,
             **kwargs,
         )
-        logits, learnt = self.score_tokens(
-            outputs.last_hidden_state, labels, logits_to_keep, skip_logits, kwargs.get("shift_labels")
-        )
+        logits, learnt = self.score_tokens(outputs.last_hidden_state, labels, logits_to_keep, skip_logits, **kwargs)
         losses = router_losses(self.config, outputs, attention_mask, num_tokens_in_batch)
         sizes = {"num_items_in_batch": num_items_in_batch, "num_tokens_in_batch": num_tokens_in_batch}
         loss = None if labels is None else self.total_loss(logits, labels, losses, **sizes, **(kwargs | learnt))

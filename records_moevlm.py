@@ -21,9 +21,10 @@ from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
+from .processing_moevlm import IMAGE_TOKEN
+
 # Decoding finds a truncated JPEG, opening does not; but decoding all of a large set would take many minutes.
 PICTURES_DECODED = 5000
-IMAGE_MARKER = "<image>"  # what chat templates write for a picture
 FEATURES = Features(
     {
         "images": List(datasets.Image()),
@@ -82,8 +83,8 @@ class Rows:
     def record(self, unit: Unit) -> dict[str, Any]:
         """Check a unit's texts and pictures, and give its record."""
         parts = [part for message in unit.fields["messages"] for part in message["content"]]
-        if any(IMAGE_MARKER in part.get("text", "") for part in parts):
-            raise RowError(f"has {IMAGE_MARKER} in a text, where no picture can stand; take it out")
+        if any(IMAGE_TOKEN in part.get("text", "") for part in parts):
+            raise RowError(f"has {IMAGE_TOKEN} in a text, where no picture can stand; take it out")
         return dict.fromkeys(FEATURES) | unit.fields | {"images": [self._picture(value) for value in unit.pictures]}
 
     def _picture(self, value: Any) -> Any:
@@ -209,8 +210,8 @@ def chat_unit(place: str, id: Any, images: list[Any], messages: Any, refers_back
 def _content(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message.get("content")
     if isinstance(content, str):
-        parts = [part.strip() for part in re.split(f"({IMAGE_MARKER})", content)]
-        content = [{"type": "image"} if p == IMAGE_MARKER else {"type": "text", "text": p} for p in parts if p]
+        parts = [part.strip() for part in re.split(f"({IMAGE_TOKEN})", content)]
+        content = [{"type": "image"} if p == IMAGE_TOKEN else {"type": "text", "text": p} for p in parts if p]
     if not isinstance(content, list) or not content:
         raise RowError(f"has a message with the content {message.get('content')!r}; write a text there")
     for part in content:
