@@ -1,6 +1,8 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """The checkpoints of a run: where it starts, and how it ends without harming what was there before."""
 
+import difflib
+import inspect
 import json
 import os
 import re
@@ -21,6 +23,9 @@ from .processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
 
 # What commands write beside a model.
 REPORTS = ("upcycling.json", "downcycling.json")
+# What config.json holds besides fields, on one line or the other.
+WRITTEN_BESIDE = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+REPORTS_OF_RUNS = ("metrics.json", "predictions_*.json", "samples.*", "report.html", "plots/*.png")
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
@@ -71,6 +76,11 @@ def refuse_to_destroy(args: TrainingArguments, model: str | None) -> None:
             f"model_name_or_path={model} is a checkpoint in output_dir={args.output_dir}, which a new run clears; "
             "choose another output_dir"
         )
+    if model and Path(model).resolve() == Path(args.output_dir).resolve() and not args.overwrite_output_dir:
+        raise FileExistsError(
+            f"output_dir={args.output_dir} holds the model that training begins with; choose another output_dir, or "
+            "let the result replace it with --overwrite_output_dir"
+        )
     finished = Path(args.output_dir, "metrics.json")
     states = [path / "trainer_state.json" for path in checkpoints(args.output_dir)]
     newest = max((path.stat().st_mtime for path in states), default=0.0)
@@ -89,12 +99,15 @@ def clear(args: TrainingArguments) -> None:
             shutil.rmtree(path)
 
 
-def starting_model(arguments, words: Iterable[str]) -> tuple[MoeVlmForConditionalGeneration, MoeVlmProcessor]:
+def starting_model(
+    arguments, words: Iterable[str], checkpoint: str | None = None
+) -> tuple[MoeVlmForConditionalGeneration, MoeVlmProcessor]:
     """Model and processor of a checkpoint, or fresh ones of a config with a tokenizer that learns from `words`.
 
     Args:
         arguments: `model_name_or_path` and `dtype`, or `config` and `vocab_size`; `attn_implementation`.
-        words: What the model will read; looked at only on the main process and only without a checkpoint.
+        words: What the model will read; looked at only on the main process and only where a tokenizer is to learn.
+        checkpoint: Where training goes on from: its weights, which are loaded later, know its tokenizer alone.
 
     Raises:
         ValueError: The checkpoint holds a model of another kind.
@@ -109,16 +122,37 @@ def starting_model(arguments, words: Iterable[str]) -> tuple[MoeVlmForConditiona
         dtype = getattr(torch, arguments.dtype)
         model = MoeVlmForConditionalGeneration.from_pretrained(path, dtype=dtype, **attention)
         return model, AutoProcessor.from_pretrained(path)
-    config = MoeVlmConfig.from_json_file(arguments.config)
+    config = read_config(arguments.config)
     vocab_size = arguments.vocab_size or config.text_config.vocab_size
-    tokenizer = train_tokenizer(words, vocab_size) if PartialState().is_main_process else None
-    tokenizer = broadcast_object_list([tokenizer])[0]
+    if checkpoint:
+        tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
+    else:
+        tokenizer = train_tokenizer(words, vocab_size) if PartialState().is_main_process else None
+        tokenizer = broadcast_object_list([tokenizer])[0]
     for part in (config, config.text_config):
         part.pad_token_id, part.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     config.text_config.vocab_size = len(tokenizer)
     config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     model = MoeVlmForConditionalGeneration._from_config(config, **attention)
     return model, build_processor(config, tokenizer)
+
+
+def read_config(path: str) -> MoeVlmConfig:
+    """The config that a JSON file of its fields describes.
+
+    Raises:
+        ValueError: A field that our configs do not have.
+    """
+    fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    parts = {name: (kind, fields.get(name, {})) for name, kind in MoeVlmConfig.sub_configs.items()}
+    for part, (kind, given) in {"the whole": (MoeVlmConfig, fields), **parts}.items():
+        known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+        known |= {*kind().to_dict(), *WRITTEN_BESIDE}
+        for field in sorted(set(given) - known):
+            close = difflib.get_close_matches(field, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "take it out"
+            raise ValueError(f"config={path}: {part} has no field {field!r}; {hint}")
+    return MoeVlmConfig(**fields)
 
 
 def finish(trainer: Trainer) -> nn.Module:
@@ -151,8 +185,9 @@ def move_into(incoming: Path, target: Path) -> None:
     # Pickled arguments name our training classes; nobody needs them to use the model.
     for pickled in incoming.rglob("training_args.bin"):
         pickled.unlink()
-    for report in ("metrics.json", "samples.png"):  # of the older model
-        (target / report).unlink(missing_ok=True)
+    for pattern in REPORTS_OF_RUNS:  # on the older model
+        for report in target.glob(pattern):
+            report.unlink()
     new = sorted(path for path in incoming.rglob("*") if path.is_file())
     for path in new:
         place = target / path.relative_to(incoming)
@@ -168,14 +203,19 @@ def move_into(incoming: Path, target: Path) -> None:
 
 
 @contextmanager
-def whole_folder(output_dir: str, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(output_dir: str, overwrite: bool = False, sources: Iterable[str] = ()) -> Iterator[Path]:
     """A folder that takes the place of `output_dir` once it is whole, and vanishes if anything fails.
 
     At every instant the old folder or the new one is whole; what a killed run moved aside is moved back by the next.
 
+    Args:
+        overwrite: Replace a folder of ours.
+        sources: What the new content is made from.
+
     Raises:
         FileExistsError: `output_dir` is not empty, and `overwrite` does not allow to replace it, or it holds nothing
-            of ours, or it is the folder that the command runs in; or the name for moving it aside is taken.
+            of ours, or one of the sources in a folder below, or it is the folder that the command runs in; or the
+            name for moving it aside is taken.
     """
     target = Path(output_dir).resolve()
     incoming, old = (target.with_name(f".{target.name}.{role}") for role in ("incoming", "old"))
@@ -192,6 +232,8 @@ def whole_folder(output_dir: str, overwrite: bool = False) -> Iterator[Path]:
                 f"output_dir={target} is not replaced by --overwrite_output_dir: it holds no model of ours, or the "
                 "command runs in it; choose another, or empty it yourself"
             )
+    if inside := [source for source in sources if target in Path(source).resolve().parents]:
+        raise FileExistsError(f"output_dir={target} holds {inside[0]}, which is read; choose another output_dir")
     try:
         shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir(parents=True)

@@ -5,6 +5,7 @@ Labels are -100 everywhere except at the assistant's tokens (the answer and the 
 turns of a caption or VQA record are packed: their common prefix, which holds the picture, stands once in the sequence.
 """
 
+import logging
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from .processing_moevlm import start_is_written, to_rgb
 
 IGNORED = -100
 INDEPENDENT_TASKS = ("caption", "vqa")
+logger = logging.getLogger(__name__)
+
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -61,6 +64,15 @@ def encode_record(record: dict, processor, max_length: int | None = None) -> dic
         return _packed(turns, processor.image_token_id, max_length)
     except ValueError as error:
         raise ValueError(f"record {record.get('id')!r}: {error}") from error
+
+
+def encode_or_skip(record: dict, processor, max_length: int | None = None) -> dict[str, list[int]]:
+    """As [`encode_record`]; a record that it refuses gets empty lists, and a line in the log."""
+    try:
+        return encode_record(record, processor, max_length)
+    except ValueError as error:
+        logger.warning("left out %s", error)
+        return {name: [] for name in ("input_ids", "labels", "position_ids", "segment_ids")}
 
 
 class MoeVlmCollator:
@@ -176,7 +188,7 @@ def _tokenize(chats: list[list[dict]], processor) -> list[_Tokens]:
     tokenizer = processor.tokenizer
     texts, spans = _render(chats, processor)
     for chat, text in zip(chats, texts, strict=True):
-        _check_chat(chat, text, processor.image_token)
+        _check_chat(chat, text, processor)
     encoded = tokenizer(
         texts,
         add_special_tokens=not start_is_written(tokenizer, texts),
@@ -190,7 +202,11 @@ def _tokenize(chats: list[list[dict]], processor) -> list[_Tokens]:
     ]
 
 
-def _check_chat(chat: list[dict], text: str, image_token: str) -> None:
+def _check_chat(chat: list[dict], text: str, processor) -> None:
+    image_token = processor.image_token
+    for control in set(processor.tokenizer.all_special_tokens) - {image_token}:
+        if any(control in (part.get("text") or "") for message in chat for part in _parts(message)):
+            raise ValueError(f"a text holds {control}, which the tokenizer reads as a control token; take it out")
     if not any(message["role"] == "assistant" for message in chat):
         raise ValueError("there is no assistant message to learn from; add the answer or leave the record out")
     pictures = sum(part["type"] == "image" for message in chat for part in _parts(message))

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from .base_moevlm import IS_TRANSFORMERS_5
 from .configuration_moevlm import MoeVlmConfig
 
 TEXT_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
@@ -28,6 +29,17 @@ def refuse_unknown(family: str | None, source: str) -> None:
             f"{source}: transformers does not know model_type={family!r}, nor do we; known are, for the text, {text}; "
             f"for the tower, {tower}; whole, {whole}"
         )
+
+
+def is_tied(config: PretrainedConfig) -> bool:
+    """Whether a whole parent's config shares head and embeddings: 4.57 asks its text part, 5.x the whole."""
+    return (config if IS_TRANSFORMERS_5 else config.get_text_config()).tie_word_embeddings
+
+
+def feature_layer_of(config: PretrainedConfig) -> int | list[int]:
+    """The layer of its tower that a whole parent reads; several of a LLaVA that joins them."""
+    layer = getattr(config, "vision_feature_layer", -1)
+    return layer[0] if isinstance(layer, list | tuple) and len(layer) == 1 else layer
 
 
 def picture_remarks(settings: Mapping[str, Any]) -> list[str]:
@@ -82,7 +94,7 @@ def text_fields(config: PretrainedConfig, notes: list[str]) -> dict[str, Any]:
         "rope_parameters": rope_of(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
-        "attention_bias": family in ("qwen2", "qwen2_moe"),
+        "attention_bias": family in ("qwen2", "qwen2_moe") and getattr(config, "qkv_bias", True),
         "use_qk_norm": family in ("qwen3", "qwen3_moe", "olmoe"),
         **{name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
         "moe_layers": "none",
@@ -189,7 +201,7 @@ def connector_fields(config: PretrainedConfig) -> dict[str, Any]:
         return {"projector": "linear", "projector_bias": False, "pixel_shuffle_factor": config.scale_factor}
     if family != "llava":
         raise ValueError(f"model_type={family!r} is no known whole model; known are {', '.join(WHOLE_FAMILIES)}")
-    if not isinstance(config.vision_feature_layer, int):
+    if not isinstance(feature_layer_of(config), int):
         raise ValueError(f"vision_feature_layer={config.vision_feature_layer} joins several layers; one only")
     kept_class = config.vision_feature_select_strategy != "default"
     if kept_class and "clip" in config.vision_config.model_type:
@@ -236,9 +248,14 @@ def dense_config(
     notes: list[str] = []
     if whole := configs.get("whole"):
         connector, text_config, vision_config = connector_fields(whole), whole.text_config, whole.vision_config
-        feature_layer = getattr(whole, "vision_feature_layer", -1)
+        feature_layer = feature_layer_of(whole)
         if whole.model_type in ("smolvlm", "idefics3"):
             notes.append("a picture is one square: the parent's cutting of large pictures is left out")
+            if not IS_TRANSFORMERS_5:
+                notes.append(
+                    "transformers 4.57 places this parent's patches one row and one column too low; the model places "
+                    "them as the parent was trained, and the proof corrects the parent"
+                )
     else:
         text_config = getattr(configs["text"], "text_config", configs["text"])
         vision_config = configs["vision"]

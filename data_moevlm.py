@@ -55,7 +55,9 @@ def load_mixture(
     mixture = _mixture(path)
     part = "eval" if part == "test" and "test" not in mixture else part
     if part not in mixture:
-        raise ValueError(f"{path}: has no part {part!r}; it has {', '.join(mixture)}")
+        raise ValueError(
+            f"{path}: has no part {part!r}, only {', '.join(mixture)}; add `{part}:` with a list of entries"
+        )
     entries = [_entry(spec, path.parent, f"{path}: {part}[{i}]", part) for i, spec in enumerate(mixture[part])]
     parts = []
     for entry in entries:

@@ -132,14 +132,14 @@ def made_smaller(
         state, smaller = collapsed(state, config, use)
     before, after = sparse_layers(config), sparse_layers(smaller)
     if after == before:
-        reason = "those of the connector have learned and have no dense form" if after else "it is dense already"
+        reason = "those of tower or connector that are left have no dense form" if after else "it is dense already"
         raise ValueError(f"model_name_or_path={arguments.model_name_or_path} has no experts to take away: {reason}")
     others = [("tower", "vision."), ("connector", "connector")]
     kept = [part for part, name in others if any(layer.startswith(name) for layer in after)]
     remarks = [f"the {part} keeps its experts" for part in kept]
     name = "router_global_entropy_threshold"
     old, new = (getattr(each.text_config, name) for each in (config, smaller))
-    if old != new:
+    if arguments.to_experts and old != new:
         remarks.append(f"the decoder's {name} is lowered from {old} to ln({arguments.to_experts}) = {new:.4f}")
     return state, smaller, remarks
 
@@ -242,6 +242,7 @@ def collapsed(
     """State dict and config of the dense model that is nearest in weights: decoder and tower without experts.
 
     The connector's go where they add nothing yet (a last matrix of zeros), and stay otherwise: they have no dense form.
+    Nor have a tower's with gates (`expert_form` swiglu), beside layers without.
     Experts of the dense layer's width become their mean, weighed by use. Narrower ones become the n slices that fill
     it beside the shared expert: slice s is the mean of the experts e with e mod n = s, scaled by the routing weight
     that they got together. That is the parent again where the experts are still those of run_upcycle.py.
@@ -250,13 +251,16 @@ def collapsed(
         ValueError: Experts that do not fill the dense layer, or a gated shared expert.
     """
     state, fields = dict(state), config.part_fields()
+    parts = ("text_config", "vision_config") if config.vision_config.expert_form == "mlp" else ("text_config",)
     for block, part in blocks_of(config).items():
-        layer = dense_layer(state, block, part, use[block])
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(block)} | layer
-    for name in ("text_config", "vision_config"):
+        if any(part is getattr(config, name) for name in parts):
+            layer = dense_layer(state, block, part, use[block])
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(block)} | layer
+    for name in parts:
         part = fields[name]
         part |= {"mlp_layer_types": ["dense"] * part["num_hidden_layers"], "shared_expert_mix": None}
-    fields["text_config"]["n_shared_experts"] = 0
+        part |= {"n_group": 1, "topk_group": 1, "router_global_entropy_threshold": None}  # of experts that are gone
+    fields["text_config"] |= {"n_shared_experts": 0, "expert_modalities": None}
     block = f"{CONNECTOR}mlp."
     if not any(tensor.any() for key, tensor in state.items() if key.startswith(block) and OUT in key):
         state = {key: tensor for key, tensor in state.items() if not key.startswith((block, f"{CONNECTOR}norm."))}

@@ -1,10 +1,11 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
-"""The parents of an upcycled model: their checkpoints opened, their tokenizers and settings read.
+"""The parents of an upcycled model: their checkpoints opened, their tensors read one by one.
 
 A parent is a folder, a Hub id, a GGUF file (text) or an installed Python package that carries one.
 """
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,25 +16,17 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from .configmaps_moevlm import picture_remarks, refuse_unknown
+from .configmaps_moevlm import refuse_unknown
 from .configuration_moevlm import MoeVlmConfig
-from .processing_moevlm import IMAGE_TOKEN, MoeVlmProcessor, build_processor
 
 try:
     import gguf
 except ImportError:
     gguf = None
 
-# How these families frame a picture in the text.
-FRAME = f"<fake_token_around_image><global-img>{IMAGE_TOKEN}<fake_token_around_image>"
-IMAGE_FRAMES = {"smolvlm": FRAME, "idefics3": FRAME}
-# Settings that only sampling reads, with the values that say nothing.
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
-SAMPLING |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 TOWERS = {
     "siglip": transformers.SiglipVisionModel,
     "siglip2": transformers.Siglip2VisionModel,
@@ -114,7 +107,7 @@ class Shards(Mapping):
         places: dict[str, str] = {}
         for path in weight_files(Path(folder)):
             if path.suffix == ".bin":
-                holder = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                holder = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
             else:
                 holder = safe_open(path, framework="pt")
             for key in holder.keys():
@@ -266,122 +259,6 @@ def open_gguf(source: str, path: Path) -> Parent:
     tied = weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
     model.config.tie_word_embeddings = tied
     return Parent(source, model.config, weights, path.parent, gguf_file=path.name, module=model.eval())
-
-
-def read_tokenizer(parent: Parent, source: str | None = None):
-    """The parent's tokenizer, or the one at `source`; padding and end tokens as its file says.
-
-    Raises:
-        FileNotFoundError: The parent has none and `source` is None.
-    """
-    places = {"gguf_file": parent.gguf_file} if parent.gguf_file and source is None else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source or parent.folder, **places)
-    except Exception as error:  # every family fails in its own way
-        raise FileNotFoundError(
-            f"{source or parent.source} has no tokenizer that loads ({type(error).__name__}: {error}); "
-            "give one with --tokenizer"
-        ) from error
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    if places:
-        repair_gguf_tokenizer(tokenizer, parent)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return tokenizer
-
-
-def repair_gguf_tokenizer(tokenizer, parent: Parent) -> None:
-    """Set what transformers reads wrongly from a GGUF file: end token, chat template, no start token of its own."""
-    fields = gguf.GGUFReader(parent.folder / parent.gguf_file).fields
-    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos", "padding")}
-    for name, kind in (("eos", "eos_token"), ("bos", "bos_token"), ("padding", "pad_token")):
-        if ids[name] is not None:
-            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(int(ids[name].contents())))
-    parent.config.eos_token_id = tokenizer.eos_token_id
-    starts = fields.get("tokenizer.ggml.add_bos_token")
-    # Left out it means yes beside a sentencepiece vocabulary ("llama"), no beside a byte-level one (llama.cpp).
-    adds = fields["tokenizer.ggml.model"].contents() == "llama" if starts is None else starts.contents()
-    if not adds:
-        tokenizer.add_bos_token = False
-        # A fast tokenizer adds it by its post-processor.
-        tokenizer.backend_tokenizer.post_processor = None
-    if template := fields.get("tokenizer.chat_template"):
-        tokenizer.chat_template = template.contents()
-
-
-def read_generation_config(parent: Parent) -> GenerationConfig:
-    """The parent's generation settings, or those that its config implies.
-
-    Sampling fields without `do_sample: true`, which transformers reads as greedy and 4.57 refuses to save, go.
-    """
-    path = parent.folder / "generation_config.json"
-    if parent.gguf_file is None and path.exists():
-        settings = GenerationConfig.from_pretrained(parent.folder)
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        unread = [name for name, nothing in SAMPLING.items() if fields.get(name) not in (None, nothing)]
-        if unread and not fields.get("do_sample"):
-            for name in unread:
-                setattr(settings, name, getattr(GenerationConfig(), name))
-            parent.notes.append(f"generation_config.json has no do_sample=true: {', '.join(unread)} is left out")
-        return settings
-    config = parent.config.get_text_config()
-    return GenerationConfig(eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id)
-
-
-def read_processor(parents: Mapping[str, Parent], tokenizer, config: MoeVlmConfig) -> MoeVlmProcessor:
-    """The processor of the new model: the parent's tokenizer, chat template, and picture normalisation."""
-    parent = parents.get("whole") or parents["vision"]
-    tokenizer.chat_template = template = read_chat_template(parents, tokenizer.chat_template)
-    if parent.family in IMAGE_FRAMES and template:
-        tokenizer.chat_template = template.replace(IMAGE_TOKEN, IMAGE_FRAMES[parent.family])
-    processor = build_processor(config, tokenizer)
-    for name, value in read_image_settings(parent).items():
-        setattr(processor.image_processor, name, value)
-    return processor
-
-
-def read_chat_template(parents: Mapping[str, Parent], template: str | dict[str, str] | None) -> str | None:
-    """A whole parent's own chat template, else its tokenizer's, `template`; the default one of several.
-
-    Raises:
-        ValueError: There are several, and none is called default.
-    """
-    parent = parents.get("whole") or parents["text"]
-    if "whole" in parents:
-        # Both belong to the processor; the second is the form that transformers wrote before 4.52.
-        jinja, older = parent.folder / "chat_template.jinja", parent.folder / "chat_template.json"
-        if jinja.exists():
-            template = jinja.read_text(encoding="utf-8")
-        elif older.exists():
-            template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
-    if isinstance(template, list):  # as files hold named ones
-        template = {entry["name"]: entry["template"] for entry in template}
-    if not isinstance(template, dict):
-        return template
-    names = ", ".join(sorted(template))
-    if "default" not in template:
-        raise ValueError(f"{parent.source} has the chat templates {names}, none called default; rename the one to keep")
-    parent.notes.append(f"of the chat templates {names} the default one is kept")
-    return template["default"]
-
-
-def read_image_settings(parent: Parent) -> dict[str, Any]:
-    """Mean, standard deviation and resampling of the parent's image processor; empty without one.
-
-    Size and cropping are ours: one square of the tower's size. A remark says where the parent's differ.
-    """
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        path = parent.folder / name
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        settings = settings.get("image_processor", settings)  # transformers 5 nests it
-        if "image_mean" in settings:
-            parent.notes += picture_remarks(settings)
-            return {key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings}
-    if parent.family != "scratch":
-        parent.notes.append("no image processor found: pictures are scaled to -1..1, as SigLIP's")
-    return {}
 
 
 def load_parent(parent: Parent, role: str) -> nn.Module:

@@ -290,7 +290,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         pad_token="<|pad|>",
         eos_token="<|end|>",
         model_input_names=["input_ids", "attention_mask"],
-        padding_side="right",
+        padding_side="left",  # for generation; the collator pads by itself
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
@@ -338,11 +338,11 @@ def open_image(source) -> Image.Image:
     if not isinstance(source, (str, Path)):
         raise ValueError(f"an image is a {type(source).__name__}; pass a PIL image, a path, a URL or an array")
     try:
-        if isinstance(source, Path) or os.path.isfile(source):
-            return Image.open(source)
-        if source.startswith(("http://", "https://")):
+        if str(source).startswith(("http://", "https://")):
             with urlopen(source, timeout=30) as response:
                 return Image.open(BytesIO(response.read()))
+        if isinstance(source, Path) or os.path.isfile(source) or "." in source[-5:]:  # base64 has no dots
+            return Image.open(source)
         encoded = source.partition("base64,")[2] if source.startswith("data:image/") else source
         return Image.open(BytesIO(base64.b64decode("".join(encoded.split()), validate=True)))
     except (OSError, ValueError, Image.DecompressionBombError) as error:

@@ -200,7 +200,7 @@ def compare(ours: Outputs, parents: Outputs, *, routed: bool = False) -> dict[st
         if mine is None or theirs is None:
             continue
         differences = (mine[..., : theirs.shape[-1]] - theirs).abs().amax(-1)  # (B, S) or (I, P)
-        largest, scale = differences.max().item(), theirs.abs().max().item()
+        largest, scale = differences.max().item(), theirs.abs().max().item() or 1.0
         table[name] = {"largest_difference": largest, "scale": scale, "relative": largest / scale}
         if routed and name != "tower":
             table[name]["positions_off"] = (~(differences / scale < BOUND)).float().mean().item()

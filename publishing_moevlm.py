@@ -155,7 +155,7 @@ def render_card(template: str, facts: CardFacts) -> str:
     data = card.data
     name = facts.repo_id.partition("/")[2]
     data.license = facts.license
-    data.datasets = _names(facts.trained_on) or None
+    data.datasets = sorted({_data_name(entry) for entry in facts.trained_on or [] if not entry.get("local")}) or None
     data.eval_results = _eval_results(facts) or None
     data.model_name = name if data.eval_results else None  # it is the name of the model-index
     data.metrics = sorted({result.metric_type for result in data.eval_results or []}) or None
@@ -214,7 +214,8 @@ def _results(facts: CardFacts) -> str:
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
     names = _names(facts.scored_on)
-    where = {"task_type": "image-text-to-text", "dataset_split": "test"}
+    split = facts.scored_on[0].get("part", "test") if facts.scored_on else "test"
+    where = {"task_type": "image-text-to-text", "dataset_split": split}
     where |= {"dataset_type": "-".join(names) or "held-out", "dataset_name": " + ".join(names) or "held-out data"}
     return [
         EvalResult(
@@ -230,7 +231,8 @@ def _training_data(facts: CardFacts) -> str:
     rows = []
     for entry in facts.trained_on:
         shown = (f"{key} {entry[key]}" for key in ("name", "split", "size", "seed", "weight") if key in entry)
-        rows.append([_data_name(entry), SOURCES.get(entry["source"], ""), ", ".join(shown)])
+        what = "files of one's own" if entry.get("local") else SOURCES.get(entry["source"], "")
+        rows.append([_data_name(entry), what, ", ".join(shown)])
     text = _rows(["Source", "What it is", "Settings"], rows)
     run = (facts.metrics or {}).get("training")
     if run:
@@ -244,7 +246,10 @@ def _names(entries: list[Mapping[str, Any]] | None) -> list[str]:
 
 
 def _data_name(entry: Mapping[str, Any]) -> str:
-    return str(entry["path"]) if entry["source"] == "hub" else entry["source"]
+    """The name of a source; of local files their last part, because the rest tells of a machine."""
+    if entry["source"] != "hub":
+        return entry["source"]
+    return Path(entry["path"]).name if entry.get("local") else str(entry["path"])
 
 
 def _rows(header: list[str], rows) -> str:
@@ -310,7 +315,17 @@ def read_mixtures(path: str | None, metrics: Mapping[str, Any]):
 
 
 def _mixture(path: str) -> dict[str, Any]:
-    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    """The parts of a mixture file; each entry knows its `part`, and whether a `hub` source is `local` files."""
+    mixture = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    here = Path(path).parent
+
+    def is_local(entry):
+        return "data_files" in entry or (entry["source"] == "hub" and (here / entry["path"]).exists())
+
+    return {
+        part: [entry | {"part": part, "local": is_local(entry)} for entry in entries]
+        for part, entries in mixture.items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,8 +23,6 @@ from PIL import Image
 
 from .processing_moevlm import IMAGE_TOKEN
 
-# Decoding finds a truncated JPEG, opening does not; but decoding all of a large set would take many minutes.
-PICTURES_DECODED = 5000
 FEATURES = Features(
     {
         "images": List(datasets.Image()),
@@ -96,14 +94,14 @@ class Rows:
         if isinstance(value, Image.Image) or "://" in str(value):  # already decoded, or in a store to stream from
             return value
         if isinstance(value, io.BytesIO):
-            _look_inside(value, decode=True)
+            _look_inside(value)
             return {"bytes": value.getvalue(), "path": None}
         if not isinstance(value, str | Path):
             raise RowError(f"has no picture ({value!r}); give the row one")
         if (name := str(value)) not in self.pictures:
             self.pictures[name] = mark(Path(value))
             try:
-                _look_inside(Path(value), decode=len(self.pictures) <= PICTURES_DECODED)
+                _look_inside(Path(value))
             except RowError as error:
                 self.unusable[name] = error
         if name in self.unusable:
@@ -117,12 +115,12 @@ def mark(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns] if status else None
 
 
-def _look_inside(file: Path | io.BytesIO, *, decode: bool) -> None:
+def _look_inside(file: Path | io.BytesIO) -> None:
     name = "its picture" if isinstance(file, io.BytesIO) else f"the picture {file}"
     try:
         with Image.open(file) as image:
-            if decode:
-                image.load()
+            image.draft("RGB", (1, 1))  # JPEG: an eighth of the size, in a fraction of the time
+            image.load()  # opening alone does not find a truncated file
     except FileNotFoundError:
         raise MissingPictureError(f"{name} does not exist; correct the row or the entry's folder") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

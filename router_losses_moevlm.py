@@ -34,7 +34,7 @@ PLAIN = BalanceRules()
 
 
 class RouterStatistics(NamedTuple):
-    """Router numbers of L sparse layers, each by itself, unpadded; losses and `modality_entropy` have gradients."""
+    """Router numbers of L sparse layers, each by itself, unpadded; losses and those of modalities have gradients."""
 
     load: Tensor  # (L, E) share of the visits that each expert got; rows sum to 1
     balance: Tensor  # (L,) Switch balance loss; 1.0 = perfect, E / K = collapsed
@@ -48,7 +48,9 @@ class RouterStatistics(NamedTuple):
     local_entropy: Tensor  # (L,) entropy of a token's probabilities, mean of the modalities' means
     global_entropy: Tensor  # (L,) how far the entropy of the mean probabilities is below its threshold, likewise
     modality_load: Tensor  # (L, M, E) as `load`, of each modality
-    modality_entropy: Tensor  # (L, M) mean entropy of the tokens of each modality; with gradient
+    modality_balance: Tensor  # (L, M) as `balance`, of each modality; (L, 1) where they are one pool
+    modality_entropy: Tensor  # (L, M) mean entropy of the tokens of each modality
+    modality_shortfall: Tensor  # (L, M) as `global_entropy`, of each modality
     tokens: Tensor  # (L, M) tokens of each modality
 
 
@@ -99,13 +101,17 @@ def layer_statistics(logits, visited, chosen, groups, rules):
     means = sums / tokens.clamp(min=1).unsqueeze(-1)
     modality_entropy = (entropies * groups).sum(-1) / tokens.clamp(min=1)  # (M,)
 
+    shortfall = entropy_shortfall(means, sizes, rules.threshold) * present  # (M,)
+
     wanted = visits(chosen, groups, num_experts)  # (M, E)
     taken = wanted if visited is chosen else visits(visited, groups, num_experts)
     counts = taken.sum(0)
+    balance = balance_losses(wanted, sums, tokens, sizes, rules)  # (M,) or (1,)
+    weights = even if rules.per_modality else share(tokens)  # (M,), of which one pool takes the sum
     peaks = logits.detach().masked_fill((keep == 0).unsqueeze(-1), -math.inf).flatten()
     return RouterStatistics(
         load=share(counts),
-        balance=balance_loss(wanted, sums, tokens, sizes, rules),
+        balance=(balance * weights).sum(),
         z=(logits.logsumexp(-1).square() * keep).sum() / total,
         entropy=(entropies.detach() * keep).sum() / total,
         counts=counts,
@@ -114,9 +120,11 @@ def layer_statistics(logits, visited, chosen, groups, rules):
         dropped=(wanted.sum() - counts.sum()) / wanted.sum().clamp(min=1),
         max_logit=torch.cat([peaks, peaks.new_full((1,), -math.inf)]).amax(),
         local_entropy=(modality_entropy * even).sum(),
-        global_entropy=(entropy_shortfall(means, sizes, rules.threshold) * even).sum(),
+        global_entropy=(shortfall * even).sum(),
         modality_load=share(taken),
+        modality_balance=balance,
         modality_entropy=modality_entropy,
+        modality_shortfall=shortfall,
         tokens=tokens,
     )
 
@@ -133,8 +141,8 @@ def share(counts):
     return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
-def balance_loss(wanted, sums, tokens, sizes, rules):
-    """The balance loss of one layer, a scalar.
+def balance_losses(wanted, sums, tokens, sizes, rules):
+    """The balance loss of each modality in one layer, `(M,)`, or of their one pool, `(1,)`.
 
     Args:
         wanted: `(M, E)`, visits as chosen.
@@ -146,9 +154,7 @@ def balance_loss(wanted, sums, tokens, sizes, rules):
     if len(tokens) > 1 and not rules.per_modality and rules.allowed is None:
         wanted, sums, tokens = (value.sum(0, keepdim=True) for value in (wanted, sums, tokens))
     means = sums / tokens.clamp(min=1).unsqueeze(-1)  # (M, E)
-    losses = torch.stack([size * each.sum() for size, each in zip(sizes, share(wanted) * means)])  # (M,)
-    weights = (tokens > 0).to(tokens) if rules.per_modality else tokens  # (M,)
-    return (losses * share(weights)).sum()
+    return torch.stack([size * each.sum() for size, each in zip(sizes, share(wanted) * means)])
 
 
 def entropy_shortfall(means, sizes, threshold):
@@ -224,8 +230,9 @@ def router_losses(config, outputs, attention_mask=None, num_tokens_in_batch=None
         outputs: [`MoeVlmModelOutput`] with router logits.
         attention_mask: `(B, T)`, 1 for a real token; without a 2-D mask every token counts.
         num_tokens_in_batch: `(2,)`, text tokens and image tokens of the global batch ([`count_tokens`]): the sum of
-            `weighted` over its micro-batches then has the z-loss and the local entropy of the batch as a whole. Tower
-            and connector weigh by image tokens, that is, by pictures. None: this micro-batch is all there is.
+            `weighted` over its micro-batches then has the z-loss and the local entropy of the batch as a whole, and
+            weighs modalities as it does. Tower and connector weigh by image tokens, that is, by pictures. None: this
+            micro-batch is all there is.
 
     Returns:
         [`RouterLosses`], or None if no layer is sparse.
@@ -263,11 +270,14 @@ def router_losses(config, outputs, attention_mask=None, num_tokens_in_batch=None
 
 def weighted_sum(part, config, weight, modality_weights):
     """The losses of one part, each mean over its layers, by its config's coefficients and by [`batch_shares`]."""
+    balance = part.balance * weight
+    if config.router_aux_loss_per_modality:
+        balance = (part.modality_balance * modality_weights).sum(-1)
     terms = (
-        (config.router_aux_loss_coef, part.balance * weight),
+        (config.router_aux_loss_coef, balance),
         (config.router_z_loss_coef, part.z * weight),
         (config.router_local_entropy_coef, (part.modality_entropy * modality_weights).sum(-1)),
-        (config.router_global_entropy_coef, part.global_entropy * weight),
+        (config.router_global_entropy_coef, (part.modality_shortfall * modality_weights).sum(-1)),
     )
     return sum(coefficient * values.mean() for coefficient, values in terms if coefficient)
 

@@ -4,9 +4,9 @@
     python run_chat.py --model_name_or_path outputs/demo --image photo.png
     python run_chat.py --model_name_or_path outputs/demo --question "tell me what color the star is."
 
-Without a picture one is drawn. At the prompt, `/image PATH` shows another picture, `/new` starts again, an empty line
-ends. `--question` asks one question after the other and exits. `--web` serves a page on this machine instead, to which
-pictures can be dragged; it needs gradio: `pip install gradio==5.49.1`, on transformers 5 `gradio==6.31.0`.
+Without a picture one is drawn. At the prompt, `/image PATH` shows another picture, `/new` starts again without one, an
+empty line ends. `--question` asks one question after the other and exits. `--web` serves a page on this machine,
+to which pictures can be dragged; it needs gradio: `pip install gradio==5.49.1`, on transformers 5 `gradio==6.31.0`.
 """
 
 import importlib.util
@@ -72,10 +72,11 @@ def answer_the_keyboard(conversation, streamer=None):
     with suppress(EOFError):
         while line := input("> ").strip():
             try:
-                if line == "/new":
+                command, _, path = line.partition(" ")
+                if command == "/new":
                     conversation.messages.clear()
-                elif line.startswith("/image "):
-                    conversation.show([line.removeprefix("/image ").strip()])
+                elif command == "/image":
+                    conversation.show([path.strip()])
                 else:
                     conversation.ask(line, streamer)
             except ValueError as error:  # a slip of the hand does not end the conversation

@@ -20,7 +20,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import logging, set_seed
 
 from moevlm.checkpoints_moevlm import clear, finish, starting_model, starting_point
-from moevlm.collating_moevlm import MoeVlmCollator, encode_record
+from moevlm.collating_moevlm import MoeVlmCollator, encode_or_skip, encode_record
 from moevlm.data_moevlm import load_mixture
 from moevlm.evaluation_moevlm import draw_samples, predict, samples_from, score
 from moevlm.memory_moevlm import keep_freed_memory
@@ -44,7 +44,7 @@ def main():
     with args.main_process_first(desc="data"):
         records = read_records(data_args, args.seed)
         metrics = {name: evaluate.load(str(ROOT / "metrics" / name)) for name in METRICS}
-    model, processor = starting_model(model_args, texts(records["train"]))
+    model, processor = starting_model(model_args, texts(records["train"]), checkpoint)
     model = adapt(model, model_args)
     with args.main_process_first(desc="encoding"):
         train_set, eval_set = (encode(records[part], processor, data_args) for part in ("train", "dev"))
@@ -131,15 +131,18 @@ def encode(records, processor, data_args):
     kept = [name for name in ("images", "stage", "shift") if name in records.column_names]
     columns = [name for name in records.column_names if name not in kept]
     known = {"processor": processor, "max_length": data_args.max_length}
-    settings = {"function": encode_record, "fn_kwargs": known, "remove_columns": columns}
+    function = encode_or_skip if data_args.skip_bad_rows else encode_record
+    settings = {"function": function, "fn_kwargs": known, "remove_columns": columns}
     if not isinstance(records, Dataset):
-        return records.map(**settings)
-    # Copies of a record are encoded once.
-    names = records["record"][:] if "record" in columns else range(len(records))
-    _, first, copies = np.unique(names, return_index=True, return_inverse=True)
-    settings["num_proc"] = data_args.preprocessing_num_workers
-    encoded = records.select(first).select_columns(columns).map(**settings).select(copies)
-    return concatenate_datasets([records.select_columns(kept), encoded], axis=1)
+        encoded = records.map(**settings)
+    else:
+        # Copies of a record are encoded once.
+        names = records["record"][:] if "record" in columns else range(len(records))
+        _, first, copies = np.unique(names, return_index=True, return_inverse=True)
+        settings["num_proc"] = data_args.preprocessing_num_workers
+        encoded = records.select(first).select_columns(columns).map(**settings).select(copies)
+        encoded = concatenate_datasets([records.select_columns(kept), encoded], axis=1)
+    return encoded.filter(bool, input_columns="input_ids") if data_args.skip_bad_rows else encoded
 
 
 if __name__ == "__main__":

@@ -19,23 +19,15 @@ from transformers import AutoProcessor, logging
 
 from moevlm import proof_moevlm as proof
 from moevlm import upcycling_moevlm as upcycling
+from moevlm.carryover_moevlm import read_generation_config, read_processor, read_tokenizer
 from moevlm.checkpoints_moevlm import whole_folder
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
-from moevlm.configmaps_moevlm import dense_config
+from moevlm.configmaps_moevlm import dense_config, is_tied
 from moevlm.data_moevlm import load_mixture
 from moevlm.downcycling_moevlm import DowncycleArguments, count_use, made_smaller
 from moevlm.keymaps_moevlm import DECODER, DenseTwin, map_parents
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
-from moevlm.parents_moevlm import (
-    Shards,
-    Sources,
-    load_parent,
-    open_parents,
-    read_configs,
-    read_generation_config,
-    read_processor,
-    read_tokenizer,
-)
+from moevlm.parents_moevlm import Shards, Sources, load_parent, open_parents, read_configs
 from moevlm.planning_moevlm import PlanArguments, plan, plan_table
 from moevlm.recipes_moevlm import parse
 
@@ -59,7 +51,7 @@ def main():
 
 def upcycle():
     args, recipe = parse((UpcycleArguments, upcycling.Recipe), sys.argv[1:])
-    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+    with whole_folder(args.output_dir, args.overwrite_output_dir, args.roles.values()) as folder:
         parents = open_parents(args.roles)
         main_parent = parents.get("whole") or parents["text"]
         tokenizer = read_tokenizer(main_parent, args.tokenizer)
@@ -103,7 +95,7 @@ def upcycle():
 
 def downcycle():
     (args,) = parse((DowncycleArguments,), sys.argv[1:])
-    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+    with whole_folder(args.output_dir, args.overwrite_output_dir, [args.model_name_or_path]) as folder:
         model = MoeVlmForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype="auto").eval()
         processor = AutoProcessor.from_pretrained(args.model_name_or_path)
         batches = batches_of(args, processor)
@@ -125,7 +117,7 @@ def downcycle():
 def show_plan():
     sources, recipe, arguments = parse((Sources, upcycling.Recipe, PlanArguments), sys.argv[1:])
     configs = read_configs(sources.roles)
-    tied = getattr(configs.get("whole"), "tie_word_embeddings", False)
+    tied = "whole" in configs and is_tied(configs["whole"])
     dense, notes = dense_config(configs, vocab_size=0, image_token_id=0, tied=tied, **sources.joint)
     config, remarks = upcycling.sparse_config(dense, recipe)
     print("\n".join([plan_table(plan(config, arguments), arguments), *notes, *remarks]))

@@ -4,6 +4,7 @@
 The keys of an entry are the fields of its class; paths are relative to the mixture file.
 """
 
+import csv
 import importlib.util
 import io
 import logging
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.exceptions import DatasetGenerationError
 
 from . import records_moevlm as records
 from . import scenes_moevlm as drawn
@@ -176,7 +178,7 @@ class VqaV2(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(Entry):
-    """A file of JSON lines {"id"?, "images": [paths], "messages": [{role, content}], "refers_back"?: [bool]}."""
+    """JSON lines {"id"?, "images": [paths] or "image": path, "messages": [{role, content}], "refers_back"?: [bool]}."""
 
     path: Path
     images: Path
@@ -187,7 +189,9 @@ class Chat(Entry):
             with rows.row(place):
                 if line.strip():
                     row = records.parsed(line)
-                    names = need(row, "images", list) if row.get("images") else []
+                    names = (
+                        need(row, "images", list) if row.get("images") else [row["image"]] if row.get("image") else []
+                    )
                     images = [self.images / str(name) for name in names]
                     id = f"{os.path.relpath(self.path, self.folder)}-{number}" if row.get("id") is None else row["id"]
                     yield records.chat_unit(place, id, images, row.get("messages"), row.get("refers_back"))
@@ -217,16 +221,14 @@ class Hub(Entry):
     @cached_property
     def data(self) -> Dataset | IterableDataset:
         """The data set, its pictures left encoded."""
-        local, path, files = self.folder / self.path, self.path, self.data_files
-        if local.is_file() and local.suffix in self.BUILDERS:
-            path, files = self.BUILDERS[local.suffix], str(local)
-        elif local.exists():
-            path = str(local)
-        elif local.suffix in self.BUILDERS or path.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"{self.place}: {local} does not exist; paths are relative to the mixture file")
-        elif path in {*self.BUILDERS.values(), "imagefolder"}:
-            files = _resolved(files, self.folder)
-        data = datasets.load_dataset(path, self.name, split=self.split, data_files=files, streaming=self.streaming)
+        path, files = self._place()
+        options = {"split": self.split, "data_files": files, "streaming": self.streaming}
+        if path == "csv" and isinstance(files, str) and Path(files).is_file():
+            options |= _cells_as_written(files)
+        try:
+            data = datasets.load_dataset(path, self.name, **options)
+        except DatasetGenerationError as error:  # which only says that there was one
+            raise ValueError(f"{self.place}: {self.path} does not load: {error.__cause__}; mend the file") from error
         if self.size is not None:
             data = data.take(self.size) if self.streaming else data.shuffle(self.seed).take(min(self.size, len(data)))
         for column, feature in (data.features or {}).items():
@@ -235,6 +237,22 @@ class Hub(Entry):
             elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
                 data = data.cast_column(column, datasets.List(datasets.Image(decode=False)))
         return data
+
+    def _place(self) -> tuple[str, Any]:
+        """What `datasets` is to load, a Hub id, a folder or a kind of file, and the files."""
+        local, path, files = self.folder / self.path, self.path, self.data_files
+        if local.is_file() and local.suffix not in self.BUILDERS:
+            known = ", ".join(self.BUILDERS)
+            raise ValueError(f"{self.place}: {local} is of no kind that is read; known are {known}, and folders")
+        if local.is_file():
+            return self.BUILDERS[local.suffix], str(local)
+        if local.exists():
+            return str(local), files
+        if local.suffix in self.BUILDERS or path.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"{self.place}: {local} does not exist; paths are relative to the mixture file")
+        if path in {*self.BUILDERS.values(), "imagefolder"}:
+            files = _resolved(files, self.folder)
+        return path, files
 
     @cached_property
     def mapping(self) -> dict[str, str]:
@@ -264,7 +282,7 @@ class Hub(Entry):
         place = f"{self.place}: {self.path}: row {number}"
         with rows.row(place):
             named = {ours: row[theirs] for ours, theirs in self.mapping.items()}
-            if (id := named.pop("id", None)) is None:
+            if (id := named.pop("id", None)) in (None, ""):
                 origin = (self.path, self.name, self.data_files, self.split, number)  # no other entry's row has it
                 id = "-".join(str(part) for part in origin if part is not None)
             yield from self._named_units(place, records.written(id), named, grouped=grouped)
@@ -273,7 +291,7 @@ class Hub(Entry):
         """Give the units of a row by our names; relative paths of pictures are in the data set's folder."""
         root = self.folder / self.path
         folder = root if root.is_dir() else root.parent if root.is_file() else self.folder
-        images = row["images"] if row.get("images") else [row["image"]] if row.get("image") is not None else []
+        images = row["images"] if row.get("images") else [row["image"]] if row.get("image") not in (None, "") else []
         images = [folder / image if isinstance(image, str) and "://" not in image else image for image in images]
         column = next(name for name, teaches in LEARNED.items() if name in row and self.task in (None, teaches))
         task = LEARNED[column]
@@ -285,7 +303,7 @@ class Hub(Entry):
         if task == "caption":
             return [records.caption_unit(place, id, images[0], texts, CAPTION_PROMPT, grouped=grouped)]
         main = row["answer"] if isinstance(row.get("answer"), str) and row["answer"] else records.most_common(texts)
-        types = (row.get("question_type"), row.get("answer_type"))
+        types = (row.get("question_type") or None, row.get("answer_type") or None)
         texts = texts * (10 if len(texts) == 1 else 1)
         asked = Asked(place, id, need(row, "question"), main, texts, *types)
         return list(records.vqa_units(id, images[0], [asked], grouped=grouped))
@@ -317,6 +335,13 @@ SOURCES: dict[str, type[Entry]] = {
     "chat": Chat,
     "hub": Hub,
 }
+
+
+def _cells_as_written(path: str) -> dict[str, Any]:
+    """Options that keep "007", "1.50", "true" and "None" of a CSV file what they are."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        columns = next(csv.reader(file), [])
+    return {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False}
 
 
 def _resolved(files: Any, folder: Path) -> Any:

@@ -263,8 +263,8 @@ class SparseConfig(ExpertsConfig):
     def _check_ranges(self):
         coefficients = [name for name in vars(self) if name.startswith("router_") and name.endswith("_coef")]
         for name in ("n_shared_experts", *coefficients):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative; 0 switches it off")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and finite; 0 switches it off")
         for name, (lowest, most) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value <= most:
@@ -277,10 +277,11 @@ class SparseConfig(ExpertsConfig):
                 raise ValueError(f"{name}={getattr(self, name)} needs n_shared_experts of at least 1")
         if self.batch_priority_routing and self.expert_capacity_factor is None:
             raise ValueError("batch_priority_routing=True needs an expert_capacity_factor; without one none is dropped")
-        threshold, most = self.router_global_entropy_threshold, math.log(self.num_experts)
+        allowed = min(map(sum, self.modality_experts))
+        threshold, most = self.router_global_entropy_threshold, math.log(max(allowed, 1))
         if threshold is not None and threshold > most + 1e-6:
             raise ValueError(
-                f"router_global_entropy_threshold={threshold} exceeds ln(num_experts={self.num_experts}) = {most:.4f}; "
+                f"router_global_entropy_threshold={threshold} exceeds ln({allowed} experts allowed) = {most:.4f}; "
                 "lower it, or leave it out for the experts allowed"
             )
 

@@ -57,18 +57,24 @@ class RouterWindow:
             outputs: `aux_loss` and `z_loss`; of each layer `chosen_counts` `(E,)`, and in tensors `(L,)`
                 `router_entropy`, `max_router_logit`, `experts_per_token` and `dropped_tokens`.
         """
-        loads = [counts / counts.sum().clamp(min=1) for counts in outputs["chosen_counts"]]
-        numbers = torch.stack([outputs[name] for name in ("router_entropy", "experts_per_token", "dropped_tokens")])
-        rows = [torch.cat([load, each, load.new_ones(1)]) for load, each in zip(loads, numbers.t(), strict=True)]
+        counts = outputs["chosen_counts"]
+        wanted = torch.stack([each.sum() for each in counts])  # (L,)
+        dropped = wanted * outputs["dropped_tokens"]
+        served, width = wanted - dropped, outputs["experts_per_token"]
+        tokens = (served / width.clamp(min=torch.finfo(width.dtype).tiny)).round()
+        numbers = torch.stack([tokens * outputs["router_entropy"], served, dropped, tokens], dim=1)  # (L, 4)
+        rows = [torch.cat(pair) for pair in zip(counts, numbers, strict=True)]
         losses = torch.stack([outputs["aux_loss"], outputs["z_loss"], outputs["aux_loss"].new_ones(())])
         sums = widest(torch.cat([losses, *in_places(rows, [experts + 4 for experts in self.layers.values()])]))
         self.sums = sums if self.sums is None else self.sums + sums
         peaks = outputs["max_router_logit"].detach().float()
-        peaks = nn.functional.pad(peaks, (len(self.layers) - len(loads), 0), value=float("-inf"))  # (L,)
+        peaks = nn.functional.pad(peaks, (len(self.layers) - len(counts), 0), value=float("-inf"))  # (L,)
         self.peaks = peaks if self.peaks is None else torch.maximum(self.peaks, peaks)
 
     def take(self, accelerator) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Scalars for the log and the load of each layer's experts; the window is empty afterwards.
+
+        `aux_loss` and `z_loss` are means over the micro-batches; all else is of the window's tokens taken together.
 
         Of each layer: entropy of the router in nats, its largest logit, largest share of an expert, experts that nobody
         chose, visits of a token that took place, share of the chosen visits that were dropped for want of capacity.
@@ -83,16 +89,16 @@ class RouterWindow:
         loads = {}
         rows = sums[3:].split([experts + 4 for experts in self.layers.values()])
         for name, row, peak in zip(self.layers, rows, peaks, strict=True):
-            *shares, entropy, width, dropped, batches = row.unbind()
-            if batches == 0:
+            counts, (entropy, served, dropped, tokens) = row[:-4], row[-4:]
+            if tokens == 0:
                 continue
-            load = torch.stack(shares) / batches
-            scalars[f"router_entropy_{name}"] = (entropy / batches).item()
+            load = counts / counts.sum()
+            scalars[f"router_entropy_{name}"] = (entropy / tokens).item()
             scalars[f"max_router_logit_{name}"] = peak.item()
             scalars[f"max_load_{name}"] = load.max().item()
             scalars[f"dead_experts_{name}"] = float((load == 0).sum())
-            scalars[f"experts_per_token_{name}"] = (width / batches).item()
-            scalars[f"dropped_tokens_{name}"] = (dropped / batches).item()
+            scalars[f"experts_per_token_{name}"] = (served / tokens).item()
+            scalars[f"dropped_tokens_{name}"] = (dropped / counts.sum()).item()
             loads[name] = [round(share, 5) for share in load.tolist()]
         return scalars, loads
 

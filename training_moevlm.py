@@ -93,8 +93,8 @@ class DataArguments:
 class MoeVlmTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the demo's defaults; the same names on both transformers lines."""
 
-    output_dir: str = field(default="outputs/demo", metadata={"help": "Checkpoint, metrics, plots and logs go here."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an unfinished run in output_dir."})
+    output_dir: str | None = field(default=None, metadata={"help": "Checkpoint, metrics, plots and logs go here."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an unfinished run or first model."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences (pictures) a step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch for evaluation and generation."})
@@ -105,20 +105,20 @@ class MoeVlmTrainingArguments(TrainingArguments):
     router_bias_update_rate: float = field(
         default=1e-3, metadata={"help": "Step of the selection bias where a config has use_router_bias; 0: it rests."}
     )
-    image_words_steps: int = field(
-        default=0, metadata={"help": "First steps in which image tokens learn the answers' words too."}
-    )
+    image_words_steps: int = field(default=0, metadata={"help": "First steps in which image tokens learn words too."})
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of warm-up steps; --warmup_steps N wins."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of matrices (see `decays`)."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Second AdamW beta; 0.98 suits short runs."})
     logging_steps: float = field(default=20, metadata={"help": "Steps between two lines of the log."})
     # A filter would hide a non-finite loss from the curves; we stop instead.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave off: a non-finite loss stops."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch, best."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_steps: float | None = field(default=None, metadata={"help": "Steps, or share; by default save_steps."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to save: no, steps, epoch, best."})
+    save_steps: float | None = field(default=None, metadata={"help": "The same; by default eval_steps, or 0.25."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Finish with the best checkpoint."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Finish with the best one, if evaluated."})
     metric_for_best_model: str | None = field(default="score", metadata={"help": "score: mean over the tasks."})
     greater_is_better: bool | None = field(default=None, metadata={"help": "By default unless its name ends in loss."})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Trackers, or none."})
@@ -127,6 +127,8 @@ class MoeVlmTrainingArguments(TrainingArguments):
     dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that decode pictures meanwhile."})
 
     def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("output_dir is missing: name the folder for the result, such as --output_dir outputs/mine")
         if not 0 <= self.router_bias_update_rate < 1:
             raise ValueError(
                 f"router_bias_update_rate={self.router_bias_update_rate} must be in [0, 1); 0 leaves the biases alone"
@@ -135,7 +137,9 @@ class MoeVlmTrainingArguments(TrainingArguments):
         if self.accelerator_config is None:
             # For a stream accelerate would split one batch by rows, but a row may have any number of pictures.
             self.accelerator_config = {"dispatch_batches": False}
-        if "no" in (self.eval_strategy, self.save_strategy):
+        self.save_steps = self.save_steps or self.eval_steps or 0.25
+        self.eval_steps = self.eval_steps or self.save_steps
+        if self.save_strategy not in ("best", self.eval_strategy) or self.eval_strategy == "no":
             self.load_best_model_at_end = False
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -370,7 +374,8 @@ class MoeVlmTrainer(Trainer):
             self.state.log_history[-1]["expert_load"] = loads
 
     def save_model(self, *args, **kwargs):
-        if not all(is_finite(parameter) for parameter in self.model.parameters() if parameter.requires_grad):
+        learning = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        if not all(map(is_finite, (*learning, *self.model.buffers()))):
             self._stop("a weight is not finite")
         super().save_model(*args, **kwargs)
 

@@ -5,6 +5,7 @@ Shapes: D hidden, E experts, F width of an expert, I width of the parent's feed-
 routed.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -68,6 +69,8 @@ class Recipe:
             raise ValueError(f"parts holds {sorted(unknown)}; it takes {', '.join(PARTS)}")
         if not 0 < self.drop_ratio <= 1:
             raise ValueError(f"drop_ratio={self.drop_ratio} must lie above 0 and at most 1; mode copy drops nothing")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise={self.noise} must be at least 0 and finite: a share of the standard deviation")
         if self.mode == "fine_grained" and not 0 <= self.shared < self.granularity:
             raise ValueError(
                 f"n_shared_experts={self.shared} must be below granularity={self.granularity}: one slice must be routed"
@@ -148,7 +151,8 @@ def experts_of(recipe: Recipe, width: int, shared: int) -> dict[str, Any]:
     Raises:
         ValueError: The width does not cut, or E or K are no multiples of the routed slices.
     """
-    experts, top_k = recipe.num_experts or 8, recipe.num_experts_per_tok or 2
+    experts = recipe.num_experts or 8
+    top_k = 2 if recipe.num_experts_per_tok is None else recipe.num_experts_per_tok
     slices = 1
     if recipe.mode == "fine_grained":
         slices = recipe.granularity - shared

@@ -9,7 +9,15 @@ import pytest
 import torch
 from peft import PeftModel
 
-from moevlm.checkpoints_moevlm import clear, finish, last_checkpoint, starting_model, starting_point, whole_folder
+from moevlm.checkpoints_moevlm import (
+    clear,
+    finish,
+    last_checkpoint,
+    read_config,
+    starting_model,
+    starting_point,
+    whole_folder,
+)
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
 from moevlm.training_moevlm import ModelArguments, MoeVlmTrainer, MoeVlmTrainingArguments, adapt
@@ -79,6 +87,48 @@ def test_the_checkpoint_to_begin_with_is_not_deleted(tmp_path):
     with pytest.raises(FileExistsError, match="is a checkpoint in output_dir=.* choose another output_dir"):
         starting_point(arguments(tmp_path, overwrite_output_dir=True), model=path)
     assert starting_point(arguments(tmp_path, overwrite_output_dir=True), model=str(tmp_path)) is None
+
+
+def test_the_model_to_begin_with_is_not_replaced_unless_told(tmp_path):
+    for model in (tmp_path, f"{tmp_path}/../{tmp_path.name}"):
+        with pytest.raises(FileExistsError, match="holds the model that training begins with; choose another"):
+            starting_point(arguments(tmp_path), model=str(model))
+    assert starting_point(arguments(tmp_path, overwrite_output_dir=True), model=str(tmp_path)) is None
+
+
+def test_a_resumed_run_keeps_the_tokenizer_that_its_weights_know(tmp_path, config):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.part_fields()))
+    fields = ModelArguments(config=str(path), vocab_size=270)
+    _, first = starting_model(fields, ["a red circle"] * 9)
+    first.save_pretrained(tmp_path / "checkpoint-3")
+    model, again = starting_model(fields, ["blue squares"] * 9, str(tmp_path / "checkpoint-3"))
+    assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    assert model.config.text_config.vocab_size == len(first.tokenizer)
+    _, other = starting_model(fields, ["blue squares"] * 9)
+    assert other.tokenizer.get_vocab() != first.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text_config": {"num_expert": 4}}, "text_config has no field 'num_expert'; did you mean 'num_experts'"),
+        ({"vison_config": {}}, "the whole has no field 'vison_config'; did you mean 'vision_config'"),
+        ({"connector_config": {"zzz": 1}}, "connector_config has no field 'zzz'; take it out"),
+    ],
+)
+def test_a_field_that_no_config_has_is_named(tmp_path, fields, message):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"mine.json: {message}"):
+        read_config(str(path))
+
+
+def test_a_saved_config_and_those_that_come_along_are_read(tmp_path, config, tiny):
+    tiny.save_pretrained(tmp_path)
+    assert read_config(str(tmp_path / "config.json")).to_dict() == type(config).from_pretrained(tmp_path).to_dict()
+    for path in (Path(__file__).parent.parent / "configs").glob("*.json"):
+        read_config(str(path))
 
 
 def test_an_adapter_is_no_model_to_begin_with(tmp_path):

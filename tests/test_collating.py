@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from moevlm.collating_moevlm import IGNORED, MoeVlmCollator, encode_record, shifted
+from moevlm.collating_moevlm import IGNORED, MoeVlmCollator, encode_or_skip, encode_record, shifted
 from moevlm.processing_moevlm import build_processor, train_tokenizer
+from moevlm.records_moevlm import messages_of
 
 LENGTH = 3
 CONFIG = SimpleNamespace(vision_config=SimpleNamespace(image_size=8), image_seq_length=LENGTH)
@@ -216,6 +217,18 @@ def test_a_record_without_an_answer_is_an_error(processor):
     bad["messages"].pop()
     with pytest.raises(ValueError, match="record 'r1': there is no assistant message"):
         encode_record(bad, processor)
+
+
+def test_a_control_token_written_into_a_text_is_an_error_or_left_out_by_name(processor, caplog):
+    record = {"id": "r1", "task": "vqa", "messages": messages_of([("is <|end|> seen?", "no")])}
+    with pytest.raises(ValueError, match="record 'r1': a text holds <|end|>, .* take it out".replace("|", r"\|")):
+        encode_record(record, processor)
+    empty = {name: [] for name in ("input_ids", "labels", "position_ids", "segment_ids")}
+    with caplog.at_level("WARNING"):
+        assert encode_or_skip(record, processor) == empty
+    assert "left out record 'r1'" in caplog.text
+    good = {"id": "r2", "task": "vqa", "messages": messages_of([("seen?", "no")])}
+    assert encode_or_skip(good, processor) == encode_record(good, processor)
 
 
 def test_the_image_token_written_into_a_text_is_an_error(processor):

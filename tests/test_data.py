@@ -387,6 +387,41 @@ def test_an_image_marker_in_a_question_is_a_bad_row(tmp_path, photos):
     assert len(load(tmp_path, entry, skip_bad_rows=True)) == 1
 
 
+def test_cells_of_a_csv_are_taken_as_they_are_written(tmp_path, photos):
+    (tmp_path / "q.csv").write_text(
+        "id,image,question,answer\n007,images/1.png,a?,1.50\n,images/1.png,b?,None\n3,images/1.png,c?,true\n"
+    )
+    records = load(tmp_path, {"source": "hub", "path": "q.csv"})
+    found = [(record["id"], record["answers"][0]) for record in records]
+    assert found == [("007", "1.50"), ("q.csv-train-1", "None"), ("3", "true")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "q.jsonl",
+            '{"image": "images/1.png", "question": "a?", "answer": "x"}\n{"image"',
+            "q.jsonl does not load: .*",
+        ),
+        ("q.tsv", "image\tquestion\n", "q.tsv is of no kind that is read; known are .parquet"),
+        ("q.csv", "image,question,answer\n,a?,x\n", "has 0 pictures, and a vqa row needs one"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(tmp_path, photos, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"train\[0\].*{message}"):
+        load(tmp_path, {"source": "hub", "path": name})
+
+
+def test_a_single_picture_of_a_chat_may_stand_under_image(tmp_path, photos):
+    lines(tmp_path, {"image": "1.png", "messages": said("<image>what?", "a cat")})
+    assert len(load(tmp_path, CHAT)[0]["images"]) == 1
+    lines(tmp_path, {"image": "1.png", "messages": said("what?", "a cat")})
+    with pytest.raises(ValueError, match="has 1 images but 0 <image> markers"):
+        load(tmp_path, CHAT)
+
+
 def test_whole_numbers_of_a_column_with_fractions_stay_whole(tmp_path, photos):
     table(tmp_path / "q.jsonl", id=[1, 2.5], image=["images/1.png"] * 2, question=["a?", "b?"], answer=[3, 0.5])
     records = load(tmp_path, {"source": "hub", "path": "q.jsonl"})
@@ -631,7 +666,7 @@ def test_parts_are_listed_and_test_falls_back_to_eval(tmp_path):
     path = mixture(tmp_path, {"source": "scenes", "size": 1}, eval=[{"source": "scenes", "size": 2}])
     assert mixture_parts(path) == ["eval", "train"]
     assert set(load_mixture(path, "test", grouped=True)["id"]) == {"scene-eval-0-0", "scene-eval-0-1"}
-    with pytest.raises(ValueError, match="has no part 'valid'; it has"):
+    with pytest.raises(ValueError, match="has no part 'valid', only eval, train; add `valid:`"):
         load_mixture(path, "valid", grouped=True)
 
 

@@ -183,6 +183,7 @@ def test_no_samples_give_no_answers(processor):
 def test_training_goes_on_where_answering_interrupted_it(processor):
     model = Parrot(processor.tokenizer).train()
     model.frozen.eval()
+    processor.tokenizer.padding_side = "right"
     predict(model, processor, samples_from([vqa("q", "what", "red")]), batch_size=1)
     assert not model.calls[0]["training"]
     assert model.training and not model.frozen.training

@@ -11,6 +11,7 @@ from tiny_parents import SQUARE, TEXT, VISION
 from transformers import AutoModelForCausalLM
 
 import run_upcycle
+from moevlm.configmaps_moevlm import feature_layer_of, is_tied, text_fields
 from moevlm.keymaps_moevlm import map_keys
 from moevlm.processing_moevlm import train_tokenizer
 
@@ -309,3 +310,25 @@ def test_an_unknown_vision_family_lists_the_known_ones(parent, upcycle):
     vit = transformers.ViTModel(transformers.ViTConfig(**SQUARE))
     with pytest.raises(ValueError, match="known are siglip, siglip2, clip"):
         upcycle(text=text_parent(parent), vision=parent("vit", vit, False))
+
+
+def test_one_feature_layer_in_a_list_is_that_layer():
+    assert feature_layer_of(transformers.LlavaConfig(vision_feature_layer=[-2])) == -2
+    assert feature_layer_of(transformers.LlavaConfig(vision_feature_layer=[-2, -1])) == [-2, -1]
+    assert feature_layer_of(transformers.Idefics3Config()) == -1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("said", [("text",), ("whole",), ("text", "whole")])
+def test_a_plan_counts_the_head_that_transformers_builds(said, tied):
+    says = {place: {"tie_word_embeddings": tied} for place in said}
+    text = {"model_type": "llama", **TEXT, **says.get("text", {})}
+    vision = {"model_type": "clip_vision_model", **SQUARE}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, **says.get("whole", {}))
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    assert is_tied(config) == (model.lm_head.weight is model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_query_biases_of_a_qwen2_moe_may_be_left_out(biases):
+    assert text_fields(transformers.Qwen2MoeConfig(qkv_bias=biases), [])["attention_bias"] == biases

@@ -406,7 +406,7 @@ def test_special_tokens_have_fixed_places():
     tokenizer = train_tokenizer(TEXTS, 300)
     specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"]
     assert tokenizer.convert_ids_to_tokens(range(6)) == specials
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.padding_side) == (0, 1, "right")
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.padding_side) == (0, 1, "left")
     assert list(tokenizer("yes")) == ["input_ids", "attention_mask"]
 
 

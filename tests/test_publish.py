@@ -281,6 +281,19 @@ def test_the_card_tells_training_data_from_what_the_scores_were_measured_on(tmp_
     assert {result["dataset"]["name"] for result in front["model-index"][0]["results"]} == {"vqav2"}
 
 
+def test_the_card_names_no_local_paths_and_the_part_that_was_scored(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("")
+    entries = [{"source": "hub", "path": str(tmp_path / "mine.jsonl")}, {"source": "hub", "path": "org/name"}]
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"train": entries, "eval": entries[:1]}))
+    metrics = METRICS | {"training": METRICS["training"] | {"data": str(tmp_path / "mix.yaml")}}
+    trained_on, scored_on = read_mixtures(None, metrics)
+    card = render_card(TEMPLATE, FACTS._replace(trained_on=trained_on, scored_on=scored_on))
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert str(tmp_path) not in card and "| mine.jsonl | files of one's own |" in card
+    assert front["datasets"] == ["org/name"]
+    assert {result["dataset"]["split"] for result in front["model-index"][0]["results"]} == {"eval"}
+
+
 def test_a_mixture_that_is_gone_is_not_guessed():
     assert read_mixtures(None, {"training": {"data": "/gone.yaml"}}) == (None, None)
     with pytest.raises(FileNotFoundError, match="gone.yaml"):

@@ -27,6 +27,7 @@ def read(tmp_path):
 
     def run(text, flags=""):
         (tmp_path / "recipe.yaml").write_text(text)
+        flags = f"{'' if 'output_dir' in text else '--output_dir out'} {flags}"
         return parse(GROUPS, ["--recipe", str(tmp_path / "recipe.yaml"), *flags.split()])
 
     return run
@@ -57,7 +58,7 @@ def test_the_command_line_wins_over_the_recipe(read):
 
 
 def test_no_recipe_leaves_the_defaults():
-    model_args, data_args, args = parse(GROUPS, [])
+    model_args, data_args, args = parse(GROUPS, ["--output_dir", "out"])
     assert (model_args.config, data_args.data) == (None, None)
     assert args.learning_rate == MoeVlmTrainingArguments.__dataclass_fields__["learning_rate"].default
 

@@ -44,7 +44,8 @@ SHIPPED_MAY_IMPORT = {
 WORKSHOP_EXCEPTIONS = {"data": {"scenes", "dialogues", "records", "sources"}, "dialogues": {"scenes"}}
 WORKSHOP_EXCEPTIONS |= {"sources": {"scenes", "dialogues", "records"}, "tasks": {"records"}, "answers": {"records"}}
 WORKSHOP_EXCEPTIONS |= {"training": {"telemetry", "grounding", "collating"}, "grounding": {"collating"}}
-WORKSHOP_EXCEPTIONS |= {"peers": {"layouts"}, "parents": {"configmaps"}}  # the errors and remarks while opening
+WORKSHOP_EXCEPTIONS |= {"peers": {"layouts"}, "parents": {"configmaps"}}  # the errors while opening
+WORKSHOP_EXCEPTIONS |= {"carryover": {"configmaps", "parents"}}  # remarks on pictures; what a parent is
 # Besides the standard library: what each user of a transformers model with pictures has installed.
 PACKAGES = {"torch", "transformers", "numpy", "PIL", "tokenizers"}
 

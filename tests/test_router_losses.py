@@ -11,7 +11,16 @@ from conftest import IMAGE_TOKEN
 from test_routing_options import FLOAT32, MODALITIES, gradients, model_of
 from torch.nn import functional as F
 
-from moevlm.router_losses_moevlm import BalanceRules, batch_shares, count_tokens, router_statistics
+from moevlm.configuration_moevlm import MoeVlmConfig, MoeVlmTextConfig
+from moevlm.modeling_moevlm import MoeVlmModelOutput
+from moevlm.router_losses_moevlm import (
+    BalanceRules,
+    batch_shares,
+    count_tokens,
+    router_losses,
+    router_statistics,
+    rules_of,
+)
 
 # Router statistics, by hand
 
@@ -279,6 +288,57 @@ def test_the_balance_loss_of_different_micro_batches_nears_that_of_the_batch_as_
     assert [(each.norm() / whole.norm()).item() for each in found] == pytest.approx([1.06, 1.01, 1.0], abs=0.02)
     differences = [((each - whole).norm() / whole.norm()).item() for each in found]
     assert differences == pytest.approx([0.27, 0.10, 0.04], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "losses", [{"router_aux_loss_coef": 1.0, "router_aux_loss_per_modality": True}, {"router_global_entropy_coef": 1.0}]
+)
+@pytest.mark.parametrize("kinds", [None, ["image"] * 4 + ["text"] * 4])
+def test_modalities_weigh_the_same_whichever_micro_batches_have_them(losses, kinds):
+    fields = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, **losses, "expert_modalities": kinds}
+    config = MoeVlmConfig(text_config={"num_experts": 8, "hidden_size": 16, **fields})
+    weight = (torch.randn(8, 16) * 0.5).requires_grad_()
+    rows = {"text": torch.randn(64, 16), "image": torch.randn(32, 16) + 0.5}
+
+    def gradient(kinds, totals):
+        states = torch.cat([rows[kind] for kind in kinds])
+        image = torch.cat([torch.full((len(rows[kind]),), kind == "image") for kind in kinds])
+        logits = states @ weight.t()
+        outputs = MoeVlmModelOutput(
+            last_hidden_state=states[None],
+            router_logits=(logits,),
+            router_indices=(logits.topk(2).indices,),
+            router_choices=(logits.topk(2).indices,),
+            image_mask=image[None] if image.any() else None,
+            image_hidden_states=torch.zeros(1, int(image.sum()), 16),
+            router_layers=(0, 0, 1),
+        )
+        return torch.autograd.grad(router_losses(config, outputs, None, totals).weighted, weight)[0]
+
+    totals = torch.tensor([3 * 64, 32])
+    whole = gradient(["text", "image", "text", "text"], totals)
+    parts = [gradient(kinds, totals) for kinds in (["text", "image"], ["text"], ["text"])]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("threshold", [None, 1.0])
+def test_the_rules_of_a_config_reach_its_losses(threshold):
+    kinds = ["image"] * 2 + ["text"] * 6
+    config = MoeVlmTextConfig(
+        num_experts=8, expert_modalities=kinds, num_experts_per_tok=1, router_aux_loss_per_modality=True,
+        router_global_entropy_threshold=threshold and 0.5, router_global_entropy_coef=1.0,
+    )  # fmt: skip
+    rules = rules_of(config)
+    assert rules == BalanceRules("softmax", (6, 2), True, threshold and 0.5)
+    # Each modality is decided: its entropy is 0, so it misses all of its threshold.
+    logits = torch.full((4, 8), -torch.inf)
+    logits[:2, 2:], logits[2:, :2] = 0.0, 0.0
+    logits[:2, 2], logits[2:, 0] = 200.0, 200.0
+    image = torch.tensor([False, False, True, True])
+    found = router_statistics([logits], [logits.topk(1).indices], image_mask=image, rules=rules)
+    wanted = [0.5, 0.5] if threshold else [math.log(6), math.log(2)]
+    torch.testing.assert_close(found.modality_shortfall, torch.tensor([wanted]))
+    torch.testing.assert_close(found.modality_balance, torch.tensor([[6.0, 2.0]]))
 
 
 def test_shares_of_a_batch_by_hand():

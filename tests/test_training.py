@@ -102,6 +102,30 @@ def mixed_rows(processor, rows):
     return [rows[0], text_row(processor), {"images": rows[1]["images"] * 2, **encoded}, rows[2]] * 2
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, ("steps", 0.25, "steps", 0.25, True)),
+        ({"save_steps": 100}, ("steps", 100, "steps", 100, True)),
+        ({"eval_steps": 50}, ("steps", 50, "steps", 50, True)),
+        ({"eval_steps": 50, "save_steps": 100}, ("steps", 50, "steps", 100, True)),
+        ({"save_strategy": "epoch"}, ("steps", 0.25, "epoch", 0.25, False)),
+        ({"eval_strategy": "no"}, ("no", 0.25, "steps", 0.25, False)),
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, ("epoch", 0.25, "epoch", 0.25, True)),
+        ({"save_strategy": "best"}, ("steps", 0.25, "best", 0.25, True)),
+    ],
+)
+def test_a_run_is_saved_and_scored_four_times_unless_told_otherwise(tmp_path, given, found):
+    args = MoeVlmTrainingArguments(output_dir=str(tmp_path), report_to="none", **given)
+    names = ("eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end")
+    assert tuple(getattr(args, name) for name in names) == found
+
+
+def test_a_run_needs_a_place_for_its_result():
+    with pytest.raises(ValueError, match="output_dir is missing: name the folder"):
+        MoeVlmTrainingArguments()
+
+
 def stream_of(rows):
     return IterableDataset.from_generator(lambda: iter(rows))
 
@@ -644,10 +668,13 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, processor, rows):
+@pytest.mark.parametrize(
+    "place", [lambda model: model.lm_head.weight[0], lambda model: next(model.buffers())], ids=["weight", "buffer"]
+)
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, processor, rows, place):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            model.lm_head.weight.data[0, 0] = float("inf")
+            place(model).data[0] = float("inf")
 
     args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     trainer = trainer_of(small_model(), rows, processor, args, callbacks=[Poison()])

@@ -381,6 +381,40 @@ def test_a_sparse_tower_needs_pictures_to_be_weighed(batch):
     assert smaller(model, [words], to_experts=2).config.text_config.num_experts == 2
 
 
+def test_experts_with_gates_stay_in_a_tower_whose_layers_have_none(batch):
+    model = MoeVlmForConditionalGeneration(
+        tiny_config(intermediate_size=16)
+    ).eval()  # from scratch: expert_form "swiglu"
+    use, _ = count_use(model, [batch])
+    arguments = DowncycleArguments(model_name_or_path="model", to_experts=0)
+    state, config, remarks = made_smaller(model.state_dict(), model.config, use, arguments)
+    assert "the tower keeps its experts" in remarks
+    assert config.vision_config.mlp_layer_types == model.config.vision_config.mlp_layer_types
+    assert set(config.text_config.mlp_layer_types) == {"dense"}
+    build(state, config, torch.float32)
+
+
+def test_a_model_made_dense_takes_any_number_of_experts_again(batch):
+    options = {"expert_modalities": ["shared", "image", "shared", "text"], "n_group": 2, "topk_group": 2}
+    options |= {"intermediate_size": 16, "router_global_entropy_threshold": 0.9}
+    model = MoeVlmForConditionalGeneration(tiny_config(**options)).eval()
+    made = smaller(model, [batch], to_experts=0)
+    assert upcycled(made, num_experts=2).config.text_config.num_experts == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), [({"noise": -1.0}, "noise=-1.0 must be"), ({"noise": math.nan}, "noise=nan must be")]
+)
+def test_noise_outside_its_range_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(mode="noise", **fields)
+
+
+def test_no_expert_a_token_is_refused_and_not_taken_for_the_default():
+    with pytest.raises(ValueError, match="num_experts_per_tok=0"):
+        upcycled(dense_model(), num_experts_per_tok=0)
+
+
 @pytest.mark.parametrize("name", ["max_samples", "batch_size"])
 def test_a_use_of_nothing_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
@@ -405,7 +439,7 @@ def test_experts_of_the_connector_that_have_learned_stay_and_this_is_said(batch)
         build(state, config, torch.float32)
 
 
-@pytest.mark.parametrize(("threshold", "experts", "left"), [(1.3, 2, math.log(2)), (0.5, 2, 0.5), (1.3, 0, 1.3)])
+@pytest.mark.parametrize(("threshold", "experts", "left"), [(1.3, 2, math.log(2)), (0.5, 2, 0.5), (1.3, 0, None)])
 def test_an_entropy_that_fewer_experts_cannot_reach_is_lowered_and_this_is_said(threshold, experts, left, batch):
     model = upcycled(dense_model(), num_experts=4)
     model.config.text_config.router_global_entropy_threshold = threshold
@@ -414,14 +448,14 @@ def test_an_entropy_that_fewer_experts_cannot_reach_is_lowered_and_this_is_said(
     _, config, remarks = made_smaller(model.state_dict(), model.config, use, arguments)
     assert config.text_config.router_global_entropy_threshold == left
     lowered = "the decoder's router_global_entropy_threshold is lowered from 1.3 to ln(2) = 0.6931"
-    assert remarks == ([lowered] if left != threshold else [])
+    assert remarks == ([lowered] if experts and left != threshold else [])
 
 
 @pytest.mark.parametrize(
     ("parts", "experts", "message"),
     [
         ([], 0, "no experts to take away: it is dense already"),
-        (["connector"], 0, "no experts to take away: those of the connector have learned"),
+        (["connector"], 0, "no experts to take away: those of tower or connector that are left"),
         (["connector", "tower"], 2, "to_experts=2 is for the decoder, which is dense"),
     ],
 )
