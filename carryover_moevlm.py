@@ -27,7 +27,7 @@ CLIP_PICTURES = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
 
 
 def read_tokenizer(parent: Parent, source: str | None = None):
-    """The parent's tokenizer, or the one at `source`; padding and end tokens as its file says.
+    """The parent's tokenizer, or the one at `source`; its special tokens as its file says.
 
     Raises:
         FileNotFoundError: The parent has none and `source` is None.
@@ -41,6 +41,7 @@ def read_tokenizer(parent: Parent, source: str | None = None):
             "give one with --tokenizer"
         ) from error
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.padding_side = "left"  # for generation, as our own
     if places:
         repair_gguf_tokenizer(tokenizer, parent)
     if tokenizer.pad_token_id is None:

@@ -177,6 +177,7 @@ def test_pictures_are_scaled_as_the_parents_processor_does(settings, wanted, par
     folder = copied(parents / "vision", tmp_path / "vision")
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     made = AutoProcessor.from_pretrained(command("--text", parents / "text", "--vision", folder, "--skip_proof"))
+    assert made.tokenizer.padding_side == "left"
     for name, value in wanted.items():
         found = getattr(made.image_processor, name)
         assert (list(found) if isinstance(value, list) else found) == value
