@@ -109,7 +109,7 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
 
 def takes_direct_mask(config, attention_mask):
     """Whether [`padded_causal_mask`] can stand for the library's mask: sdpa, a 2-D mask, no graph under way."""
-    plain = attention_mask is not None and attention_mask.ndim == 2
+    plain = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
     under_way = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return plain and config._attn_implementation == "sdpa" and not under_way
 
@@ -232,7 +232,8 @@ class MoeVlmPreTrainedModel(PreTrainedModel):
 
         The canonical `auto_map` is written whatever class the model has become: FSDP2 swaps it for one of torch's.
         """
-        self.config.auto_map = dict(AUTO_MAP)
+        if self.config.model_type == MoeVlmConfig.model_type:  # a part has no Auto class
+            self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             copy_code(save_directory)

@@ -54,7 +54,8 @@ class MoeVlmGenerationMixin(GenerationMixin):
             step: `(B, s)`, its tokens that are not in the cache.
             cache: Of the tokens before, or None.
         """
-        if step.shape[1] == 1 < input_ids.shape[1]:  # decoding; asking the cache would wait for the device
+        # Decoding; asking the cache would wait for the device.
+        if step.shape[1] == 1 < min(input_ids.shape[1], self.config.image_seq_length):
             return None
         if cache is None or not cache.get_seq_length():
             return pixel_values

@@ -415,6 +415,8 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         """Pictures `(I, C, H, W)` -> [`EncodedImages`]."""
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values has {pixel_values.ndim} dimensions, expected 4: (pictures, C, H, W)")
+        if pixel_values.shape[-2] != pixel_values.shape[-1]:
+            raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}; resize the pictures to squares")
         options = {**self.recording(output_router_logits), "num_experts_per_tok": num_experts_per_tok}
         features = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **options)
         tokens = self.connector(features.last_hidden_state, **options)
@@ -446,11 +448,17 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         return inputs_embeds.masked_scatter(positions, image_tokens.to(inputs_embeds))
 
     def refuse_placeholders(self, input_ids):
-        """Raise `ValueError` if a call without pictures has placeholders in its ids `(B, S)`, where S is above 1."""
-        if input_ids is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+        """Raise `ValueError` if a call without pictures has placeholders in its ids `(B, S)`; not asked in decoding."""
+        unasked = input_ids is None or input_ids.shape[1] == 1 < self.config.image_seq_length  # decoding
+        if unasked or torch.compiler.is_compiling():
             return
         if (input_ids == self.config.image_token_id).any():
             raise ValueError("input_ids has image placeholders, but there are no pixel_values; pass the pictures too")
+
+    def is_sharded(self):
+        """Whether FSDP2 spreads the tower's layers over ranks, which then run them together in evaluation too."""
+        parts = (self.vision_tower, *self.vision_tower.layers)
+        return any(hasattr(part, "set_requires_gradient_sync") for part in parts)
 
     def visit_unused_tower(self, inputs_embeds):
         """`inputs_embeds` `(B, S, D)` plus a zero that depends on tower and connector, for a batch without pictures.
@@ -465,7 +473,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         tokens = self.encode_images(blank).tokens
         for module, training in modes:
             module.training = training
-        return inputs_embeds + 0.0 * tokens.sum().to(inputs_embeds.dtype)
+        return inputs_embeds + (0.0 * tokens).sum().to(inputs_embeds.dtype)
 
     @can_return_tuple
     def forward(
@@ -508,7 +516,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             inputs_embeds = self.merge(inputs_embeds, image_mask, encoded.tokens)
         else:
             self.refuse_placeholders(input_ids)
-            if self.training:
+            if self.training or self.is_sharded():
                 inputs_embeds = self.visit_unused_tower(inputs_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,

@@ -241,7 +241,8 @@ def router_losses(config, outputs, attention_mask=None, num_tokens_in_batch=None
         return None
     if attention_mask is not None:
         tokens = outputs.last_hidden_state.shape[1]  # the mask covers the cache too
-        attention_mask = attention_mask[:, -tokens:] if attention_mask.ndim == 2 else None
+        plain = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2  # flex attention has no tensor
+        attention_mask = attention_mask[:, -tokens:] if plain else None
     masks = (None, None, attention_mask), (None, None, outputs.image_mask)
     totals = num_tokens_in_batch
     weighted, parts, start = 0.0, [], 0

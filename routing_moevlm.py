@@ -175,7 +175,8 @@ class MoeVlmRouter(nn.Module):
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.use_router_bias else None
         self.register_buffer("e_score_correction_bias", bias)
         self.allowed_rows = config.modality_experts
-        self.register_buffer("allowed", self.allowed_experts() if self.kinds else None, persistent=False)  # (2, E)
+        # (2, E). None counts as persistent, though never saved: accelerate looks into all that are not.
+        self.register_buffer("allowed", self.allowed_experts() if self.kinds else None, persistent=not self.kinds)
 
     def allowed_experts(self):
         """What text tokens (row 0) and image tokens (row 1) may visit, `(2, E)` bool; also refills a meta buffer."""

@@ -269,13 +269,6 @@ class MoeVlmTrainer(Trainer):
         self.balancer = LoadBalancer(self.model, self.args.router_bias_update_rate)
         self.add_callback(self.balancer)
         self.add_callback(EvaluateLastStep)
-        # Frozen batch norms must not go on averaging: their statistics are weights too.
-        self.frozen_norms = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and not any(parameter.requires_grad for parameter in module.parameters())
-        ]
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(QuietProgress)
 
@@ -330,8 +323,6 @@ class MoeVlmTrainer(Trainer):
         return self.accelerator.gradient_state.end_of_dataloader
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        for norm in self.frozen_norms:
-            norm.eval()
         if model.training:
             inputs = self._without_logits(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)

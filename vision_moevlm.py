@@ -56,6 +56,20 @@ class MoeVlmStemConv(nn.Conv2d):
     """A convolution of the stem; a class of its own because it has an initialisation of its own."""
 
 
+class MoeVlmBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics rest while its weight is frozen, whoever trains: they are weights too.
+
+    Weight and bias are read in the statistics' dtype: FSDP2's mixed precision casts parameters alone.
+    """
+
+    def forward(self, states):
+        mean, training = self.running_mean, self.training and self.weight.requires_grad
+        if training:
+            self.num_batches_tracked.add_(1)
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        return F.batch_norm(states, mean, self.running_var, weight, bias, training, self.momentum, self.eps)
+
+
 class MoeVlmConvStem(nn.Module):
     """3x3 stride-2 convolutions with BatchNorm and ReLU, then 1x1 to the tower's width.
 
@@ -69,7 +83,7 @@ class MoeVlmConvStem(nn.Module):
             MoeVlmStemConv(before, after, kernel_size=3, stride=2, padding=1, bias=False)
             for before, after in zip(channels, channels[1:])
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(after) for after in config.stem_channels)
+        self.norms = nn.ModuleList(MoeVlmBatchNorm(after) for after in config.stem_channels)
         self.projection = nn.Conv2d(channels[-1], config.hidden_size, kernel_size=1)
 
     def forward(self, pixel_values):

@@ -79,6 +79,7 @@ def test_mlp_layer_types_win_over_the_rule():
         (MoeVlmVisionConfig, {"expert_act": "bogus"}, "expert_act='bogus' is unknown"),
         (MoeVlmConnectorConfig, {"projector_act": "bogus"}, "projector_act='bogus' is unknown"),
         (MoeVlmVisionConfig, {"image_size": 8}, "image_size=8 is below patch_size=16"),
+        (MoeVlmVisionConfig, {"image_size": 72, "stem": "conv"}, "image_size=72 .* or no multiple of it"),
         (MoeVlmVisionConfig, {"stem": "fold"}, "stem='fold' must be 'patch' or 'conv'"),
         (MoeVlmVisionConfig, {"stem_channels": (8, 8)}, "shrinks a picture 4 times, but patch_size=16"),
         (MoeVlmVisionConfig, {"moe_layers": "all", "num_experts_per_tok": 9}, "num_experts_per_tok=9 exceeds"),

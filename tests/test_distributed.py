@@ -144,6 +144,8 @@ def worker(rank, folder):
     for _ in range(2):
         model(**inputs(images=rank == 0)).loss.backward()
         optimizer.step()
+    with torch.no_grad():
+        model.eval()(**inputs(images=rank == 0))  # the text-only rank must run the tower along
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         torch.save(whole, f"{folder}/sharded.pt")

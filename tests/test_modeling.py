@@ -579,3 +579,44 @@ def test_recording_routing_leaves_no_module_wrapped(tiny, batch):
         tiny(**batch)  # labels make it record logits and indices of every router
     wrapped = [name for name, module in tiny.named_modules() if module.forward.__func__ is not type(module).forward]
     assert not wrapped
+
+
+def test_pictures_that_are_not_square_are_refused_even_where_their_patches_could_form_a_square(tiny):
+    with pytest.raises(ValueError, match=r"pixel_values is \(1, 3, 16, 64\); resize the pictures to squares"):
+        tiny.model.encode_images(torch.randn(1, 3, 16, 64))
+
+
+def test_a_blank_picture_beyond_float16_leaves_text_only_training_finite(tiny, batch):
+    model = tiny.half().train()
+    # 16 tokens of 32 such numbers sum to more than 65,504.
+    model.model.connector.projector[2].bias.data.fill_(600.0)
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, 9)
+    assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+
+
+def test_a_saved_part_does_not_mark_its_config_as_the_whole_models(tiny, tmp_path):
+    tiny.model.vision_tower.save_pretrained(tmp_path / "tower")
+    assert "auto_map" not in json.loads((tmp_path / "tower" / "config.json").read_text())
+    tiny.save_pretrained(tmp_path / "whole")
+    saved = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert "auto_map" in saved and "auto_map" not in saved["vision_config"]
+
+
+@pytest.mark.parametrize("kinds", [None, ["shared", "image", "text", "shared"]])
+def test_no_buffer_that_is_left_out_of_checkpoints_is_empty(kinds):
+    # accelerate's offload_buffers looks into each of them.
+    model = MoeVlmForConditionalGeneration(tiny_config(expert_modalities=kinds))
+    for module in model.modules():
+        assert all(module._buffers[name] is not None for name in module._non_persistent_buffers_set)
+    assert not any("allowed" in name for name in model.state_dict())
+
+
+def test_a_tower_spread_by_fsdp2_runs_in_evaluation_too(tiny, batch, monkeypatch):
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, 9)
+    calls = []
+    monkeypatch.setattr(tiny.model, "visit_unused_tower", lambda states: calls.append(1) or states)
+    tiny.eval()(input_ids=ids)
+    assert not calls
+    tiny.model.vision_tower.layers[0].set_requires_gradient_sync = None  # what FSDP2 gives each of its modules
+    tiny(input_ids=ids)
+    assert calls

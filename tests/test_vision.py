@@ -6,10 +6,11 @@ Shapes: I images, P patches, D hidden, r pixel shuffle factor.
 import pytest
 import torch
 from dumb_experts import output_and_gradients
+from torch import nn
 
 from moevlm.configuration_moevlm import MoeVlmConnectorConfig, MoeVlmVisionConfig
 from moevlm.modeling_moevlm import MoeVlmConnector
-from moevlm.vision_moevlm import MoeVlmVisionExperts, MoeVlmVisionModel
+from moevlm.vision_moevlm import MoeVlmBatchNorm, MoeVlmVisionExperts, MoeVlmVisionModel
 
 SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 # Another kernel or order of sums: a few float32 roundings.
@@ -181,6 +182,22 @@ def test_a_sparse_tower_is_one_graph_and_exports(expert_form):
         exported = torch.export.export(tower, (pictures,)).module()(pictures).last_hidden_state
     torch.testing.assert_close(compiled, expected, **FLOAT32)
     torch.testing.assert_close(exported, expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_statistics_of_a_batch_norm_move_with_its_weight_only(frozen):
+    ours, theirs = MoeVlmBatchNorm(3).requires_grad_(not frozen), nn.BatchNorm2d(3).train(not frozen)
+    states = torch.randn(4, 3, 5, 5) * 2 + 1
+    torch.testing.assert_close(ours.train()(states), theirs(states))
+    assert all(map(torch.equal, ours.buffers(), theirs.buffers()))
+    assert torch.equal(ours.running_mean, torch.zeros(3)) == frozen
+    torch.testing.assert_close(ours.eval()(states), theirs.eval()(states))
+
+
+def test_a_batch_norm_takes_parameters_of_another_dtype_than_its_statistics():
+    norm = MoeVlmBatchNorm(3).eval()
+    norm.weight.data, norm.bias.data = norm.weight.bfloat16(), norm.bias.bfloat16()  # as FSDP2's mixed precision
+    assert norm(torch.randn(2, 3, 4, 4).bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_fresh_convolutional_stem_is_initialised_for_relu():
