@@ -23,9 +23,9 @@ from .processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
 
 # What commands write beside a model.
 REPORTS = ("upcycling.json", "downcycling.json")
+REPORTS_OF_RUNS = ("metrics.json", "predictions_*.json", "samples.png", "samples.jsonl", "report.html", "plots/*.png")
 # What config.json holds besides fields, on one line or the other.
 WRITTEN_BESIDE = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-REPORTS_OF_RUNS = ("metrics.json", "predictions_*.json", "samples.*", "report.html", "plots/*.png")
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:

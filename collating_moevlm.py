@@ -21,9 +21,9 @@ from .processing_moevlm import start_is_written, to_rgb
 
 IGNORED = -100
 INDEPENDENT_TASKS = ("caption", "vqa")
-logger = logging.getLogger(__name__)
-
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+logger = logging.getLogger(__name__)
 
 
 class _Tokens(NamedTuple):

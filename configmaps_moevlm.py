@@ -219,6 +219,19 @@ def connector_fields(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
+def whole_remarks(family: str) -> list[str]:
+    """What a whole parent of a family does otherwise than the model made of it."""
+    if family not in ("smolvlm", "idefics3"):
+        return []
+    notes = ["a picture is one square: the parent's cutting of large pictures is left out"]
+    if not IS_TRANSFORMERS_5:
+        notes.append(
+            "transformers 4.57 places this parent's patches one row and one column too low; the model places them as "
+            "the parent was trained, and the proof corrects the parent"
+        )
+    return notes
+
+
 def dense_config(
     configs: Mapping[str, Any],
     *,
@@ -245,17 +258,10 @@ def dense_config(
     Raises:
         ValueError: A parent that does not fit, by the name of its field; a decoder that is too short for a picture.
     """
-    notes: list[str] = []
+    notes = whole_remarks(configs["whole"].model_type) if "whole" in configs else []
     if whole := configs.get("whole"):
         connector, text_config, vision_config = connector_fields(whole), whole.text_config, whole.vision_config
         feature_layer = feature_layer_of(whole)
-        if whole.model_type in ("smolvlm", "idefics3"):
-            notes.append("a picture is one square: the parent's cutting of large pictures is left out")
-            if not IS_TRANSFORMERS_5:
-                notes.append(
-                    "transformers 4.57 places this parent's patches one row and one column too low; the model places "
-                    "them as the parent was trained, and the proof corrects the parent"
-                )
     else:
         text_config = getattr(configs["text"], "text_config", configs["text"])
         vision_config = configs["vision"]

@@ -119,7 +119,7 @@ def _look_inside(file: Path | io.BytesIO) -> None:
     name = "its picture" if isinstance(file, io.BytesIO) else f"the picture {file}"
     try:
         with Image.open(file) as image:
-            image.draft("RGB", (1, 1))  # JPEG: an eighth of the size, in a fraction of the time
+            image.draft("RGB", (1, 1))  # JPEG: decoded at an eighth of the size
             image.load()  # opening alone does not find a truncated file
     except FileNotFoundError:
         raise MissingPictureError(f"{name} does not exist; correct the row or the entry's folder") from None

@@ -189,9 +189,7 @@ class Chat(Entry):
             with rows.row(place):
                 if line.strip():
                     row = records.parsed(line)
-                    names = (
-                        need(row, "images", list) if row.get("images") else [row["image"]] if row.get("image") else []
-                    )
+                    names = _pictures(row)
                     images = [self.images / str(name) for name in names]
                     id = f"{os.path.relpath(self.path, self.folder)}-{number}" if row.get("id") is None else row["id"]
                     yield records.chat_unit(place, id, images, row.get("messages"), row.get("refers_back"))
@@ -291,8 +289,7 @@ class Hub(Entry):
         """Give the units of a row by our names; relative paths of pictures are in the data set's folder."""
         root = self.folder / self.path
         folder = root if root.is_dir() else root.parent if root.is_file() else self.folder
-        images = row["images"] if row.get("images") else [row["image"]] if row.get("image") not in (None, "") else []
-        images = [folder / image if isinstance(image, str) and "://" not in image else image for image in images]
+        images = [folder / one if isinstance(one, str) and "://" not in one else one for one in _pictures(row)]
         column = next(name for name, teaches in LEARNED.items() if name in row and self.task in (None, teaches))
         task = LEARNED[column]
         if task == "chat":
@@ -335,6 +332,13 @@ SOURCES: dict[str, type[Entry]] = {
     "chat": Chat,
     "hub": Hub,
 }
+
+
+def _pictures(row: dict[str, Any]) -> list[Any]:
+    """What a row has under `images`, or else under `image`."""
+    if row.get("images"):
+        return need(row, "images", list)
+    return [row["image"]] if row.get("image") not in (None, "") else []
 
 
 def _cells_as_written(path: str) -> dict[str, Any]:

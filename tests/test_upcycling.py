@@ -382,9 +382,7 @@ def test_a_sparse_tower_needs_pictures_to_be_weighed(batch):
 
 
 def test_experts_with_gates_stay_in_a_tower_whose_layers_have_none(batch):
-    model = MoeVlmForConditionalGeneration(
-        tiny_config(intermediate_size=16)
-    ).eval()  # from scratch: expert_form "swiglu"
+    model = MoeVlmForConditionalGeneration(tiny_config(intermediate_size=16)).eval()
     use, _ = count_use(model, [batch])
     arguments = DowncycleArguments(model_name_or_path="model", to_experts=0)
     state, config, remarks = made_smaller(model.state_dict(), model.config, use, arguments)
