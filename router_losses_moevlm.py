@@ -107,11 +107,11 @@ def layer_statistics(logits, visited, chosen, groups, rules):
     taken = wanted if visited is chosen else visits(visited, groups, num_experts)
     counts = taken.sum(0)
     balance = balance_losses(wanted, sums, tokens, sizes, rules)  # (M,) or (1,)
-    weights = even if rules.per_modality else share(tokens)  # (M,), of which one pool takes the sum
+    weights = even if rules.per_modality else share(tokens)  # (M,)
     peaks = logits.detach().masked_fill((keep == 0).unsqueeze(-1), -math.inf).flatten()
     return RouterStatistics(
         load=share(counts),
-        balance=(balance * weights).sum(),
+        balance=balance[0] if len(balance) == 1 else (balance * weights).sum(),
         z=(logits.logsumexp(-1).square() * keep).sum() / total,
         entropy=(entropies.detach() * keep).sum() / total,
         counts=counts,
