@@ -258,8 +258,10 @@ class MoeVlmTextConfig(SparseConfig):
         self.mlp_layer_types = mlp_layer_types or layer_types_from(moe_layers, num_hidden_layers)
         rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
         # Before the base class: transformers 5 fills in what is missing, and the checkpoint would mean something else.
-        if missing := {"rope_type", "rope_theta"} - set(rope_parameters):
-            raise ValueError(f"rope_parameters={rope_parameters} lacks {sorted(missing)}; give both")
+        if not {"rope_type", "rope_theta"} <= rope_parameters.keys():
+            raise ValueError(f"rope_parameters={rope_parameters} must have both rope_type and rope_theta")
+        if {**kwargs, **rope_parameters}.get("partial_rotary_factor", 1) != 1:
+            raise ValueError("partial_rotary_factor must be 1: positions turn whole heads; leave it out")
         # transformers 5 drops these four from the base class, 4.57 sets them there: both ways they must arrive.
         kwargs |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         kwargs["tie_word_embeddings"] = tie_word_embeddings
@@ -268,8 +270,8 @@ class MoeVlmTextConfig(SparseConfig):
         kwargs.pop("rope_scaling", None)
         self.rope_parameters = rope_parameters
         if not hasattr(PretrainedConfig, "rope_scaling"):  # transformers 4
-            self.rope_theta = rope_parameters.get("rope_theta")
-            self.rope_scaling = None if rope_parameters.get("rope_type") == "default" else rope_parameters
+            self.rope_theta = rope_parameters["rope_theta"]
+            self.rope_scaling = None if rope_parameters["rope_type"] == "default" else rope_parameters
         super().__init__(**kwargs)
         self._check()
 
@@ -282,11 +284,9 @@ class MoeVlmTextConfig(SparseConfig):
         check_activations(self)
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, but positions turn pairs of numbers; make it even")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads} does not divide "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ValueError(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
         self.refuse("expert_capacity_factor", "a token would be dropped because of tokens that come later")
         self.check_layer_types()
         if "sparse" in self.mlp_layer_types:

@@ -72,7 +72,12 @@ def test_mlp_layer_types_win_over_the_rule():
         (MoeVlmTextConfig, {"moe_layers": [3]}, r"moe_layers names \[3\], but there are layers 0..2"),
         (MoeVlmTextConfig, {"mlp_layer_types": ["dense"]}, "mlp_layer_types has 1 entries for num_hidden_layers=3"),
         (MoeVlmTextConfig, {"mlp_layer_types": ["dense", "moe", "dense"]}, r"mlp_layer_types holds \['moe'\]"),
-        (MoeVlmTextConfig, {"rope_parameters": {"rope_type": "default"}}, "lacks .*rope_theta"),
+        (MoeVlmTextConfig, {"rope_parameters": {"rope_type": "default"}}, "must have both rope_type and rope_theta"),
+        (
+            MoeVlmTextConfig,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor must be 1",
+        ),
         (MoeVlmVisionConfig, {"hidden_size": 10, "num_attention_heads": 4}, "num_attention_heads=4 does not divide"),
         (MoeVlmTextConfig, {"hidden_act": "bogus"}, "hidden_act='bogus' is unknown; transformers has gelu, "),
         (MoeVlmTextConfig, {"head_dim": 7}, "head_dim=7 is odd"),
