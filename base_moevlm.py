@@ -76,6 +76,7 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
         past_key_values: Cache of T - S tokens, or None.
         position_ids: `(B, S)` or `(1, S)`.
         segment_ids: `(B, S)` or None; with it, token i sees token j <= i only where j's segment is 0 or i's own.
+            Whole rows only: T = S.
         kwargs: Of the forward; transformers 4 passes `cache_position` in it.
     """
     arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
@@ -86,10 +87,11 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
                 f"attn_implementation={config._attn_implementation} knows no segments, so that packed questions would "
                 "read each other; use sdpa or flex_attention"
             )
+        if past_key_values is not None and (past_key_values.is_compileable or past_key_values.get_seq_length()):
+            raise ValueError("segment_ids are of a whole row; pass past_key_values=None, or a DynamicCache without tokens")
         keys = segment_ids.unsqueeze(1)  # (B, 1, S)
         visible = (keys == 0) | (keys == segment_ids.unsqueeze(2))  # (B, S, S)
-        fresh = past_key_values is None or (not past_key_values.is_compileable and not past_key_values.get_seq_length())
-        if direct and fresh:
+        if direct:
             places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
             return padded_causal_mask(attention_mask, places, visible=visible)
 

@@ -279,6 +279,15 @@ def test_segments_really_hide_the_other_turn(tiny):
     assert (hidden[:, 13:] - seen[:, 13:]).abs().max() > 1e-2
 
 
+def test_segments_are_refused_beside_a_cache_that_holds_or_reserves_tokens(tiny):
+    packed, pixels = packed_turns()[0], pictures(1)
+    static = StaticCache(config=tiny.config.text_config, max_cache_len=32)
+    used = tiny(pixel_values=pixels, use_cache=True, **packed).past_key_values
+    for cache in (static, used):
+        with pytest.raises(ValueError, match="segment_ids are of a whole row; pass past_key_values=None"):
+            tiny(pixel_values=pixels, past_key_values=cache, use_cache=True, **packed)
+
+
 # Outputs
 
 
