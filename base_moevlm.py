@@ -88,7 +88,7 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
                 "read each other; use sdpa or flex_attention"
             )
         if past_key_values is not None and (past_key_values.is_compileable or past_key_values.get_seq_length()):
-            raise ValueError("segment_ids are of a whole row; pass past_key_values=None, or a DynamicCache without tokens")
+            raise ValueError("segment_ids are of a whole row; pass past_key_values=None or an empty DynamicCache")
         keys = segment_ids.unsqueeze(1)  # (B, 1, S)
         visible = (keys == 0) | (keys == segment_ids.unsqueeze(2))  # (B, S, S)
         if direct:

@@ -494,7 +494,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
 
         Args:
             input_ids: `(B, S)` with `image_token_id` where image tokens go; or `inputs_embeds` `(B, S, D)`.
-            pixel_values: `(I, C, H, W)`, all pictures of the batch in order of appearance.
+            pixel_values: `(I, C, H, W)`, all pictures of the batch in order of appearance; I = 0 is as None.
             segment_ids: `(B, S)`: tokens of one row that see segment 0 and their own segment only (several questions
                 about one picture in one row).
             output_router_logits: Whether to return `router_logits`, `router_indices` and `router_choices`.
@@ -510,7 +510,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded = image_mask = None
-        if pixel_values is not None:
+        if pixel_values is not None and len(pixel_values):
             encoded = self.encode_images(pixel_values, output_router_logits, num_experts_per_tok)
             image_mask = self.image_positions(input_ids, inputs_embeds)
             inputs_embeds = self.merge(inputs_embeds, image_mask, encoded.tokens)

@@ -119,6 +119,15 @@ def test_other_numbers_of_pictures_and_placeholders_are_refused(tiny, batch, ima
         tiny(input_ids=batch["input_ids"], pixel_values=pictures(images))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_pictures_are_as_none(tiny, training):
+    ids = torch.arange(6, 14).unsqueeze(0)
+    tiny.train(training)
+    empty, none = (tiny(input_ids=ids, pixel_values=pixels, labels=ids) for pixels in (pictures(0), None))
+    assert torch.equal(empty.loss, none.loss) and empty.expert_load_image is None
+    empty.loss.backward()
+
+
 def test_placeholders_without_pictures_are_refused(tiny, batch):
     with pytest.raises(ValueError, match="input_ids has image placeholders, but there are no pixel_values"):
         tiny(input_ids=batch["input_ids"])
