@@ -1,4 +1,4 @@
-# Thin: every line here stands in the README too, for people without make.
+# Thin: what a user runs stands in README.md or docs/recipes.md too, for people without make.
 # LINE=v4 (transformers 4.57, the default) or LINE=v5 (transformers 5.23).
 LINE ?= v4
 ifeq ($(LINE),v5)

@@ -1,5 +1,5 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
-"""The base class of every MoeVlm module, and everything that differs between transformers 4.57 and 5.x."""
+"""The base class of every MoeVlm module, and most of what differs between transformers 4.57 and 5.x."""
 
 import shutil
 from functools import partial

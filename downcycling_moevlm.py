@@ -35,7 +35,7 @@ class DowncycleArguments:
     data: str = field(default="configs/data/default.yaml", metadata={"help": "Mixture whose eval part is counted on."})
     max_samples: int = field(default=128, metadata={"help": "Most records to count on."})
     batch_size: int = field(default=16, metadata={"help": "Records of a batch."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is ours in output_dir."})
 
     def __post_init__(self):
         if self.way not in WAYS:

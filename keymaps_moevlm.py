@@ -15,7 +15,7 @@ from torch import Size, Tensor
 DECODER, TOWER, CONNECTOR = "model.language_model.", "model.vision_tower.", "model.connector."
 LAYER = r"layers\.\d+\."
 
-# Each rule: what the key looks like without its part's prefix, and its name with us (\0 stands for the whole match).
+# Each rule: what the key looks like without its part's prefix, and its name with us (\g<0> stands for the whole match).
 Rules = tuple[tuple[str, str], ...]
 TEXT_RULES: Rules = (
     (r"embed_tokens\.weight|norm\.weight", DECODER + r"\g<0>"),

@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next training step; whether it could.
 
     glibc returns blocks above 32 MB to the system at once, such as the gradients of stacked experts, and each step pays
-    for their pages anew: up to a third of a step on a CPU.
+    for their pages anew: about a fifth of a step on a CPU.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

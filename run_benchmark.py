@@ -45,7 +45,7 @@ class BenchmarkArguments:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Of decoding."})
     new_tokens: int = field(default=64, metadata={"help": "Decoded by each call."})
     config: Optional[str] = field(
-        default=None, metadata={"help": "JSON of a MoeVlm to decode with; default: the demo's."}
+        default=None, metadata={"help": "JSON of a MoeVlm to decode with; default: MoeVlmConfig()."}
     )
     compile: bool = field(default=False, metadata={"help": "Also decode with a static cache and torch.compile."})
     output_dir: str = field(default="benchmarks", metadata={"help": "Folder of the results."})

@@ -39,7 +39,7 @@ class UpcycleArguments(Sources):
     dtype: str | None = field(default=None, metadata={"help": "Else the parent's.", "choices": upcycling.DTYPES})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest weight file."})
     skip_proof: bool = field(default=False, metadata={"help": "Do not compare with the parents."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is ours in output_dir."})
 
 
 def main():

@@ -53,15 +53,15 @@ class ModelArguments:
         default="float32", metadata={"help": "Of the loaded weights; with --bf16 keep float32."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
-    freeze_vision: bool = field(default=False, metadata={"help": "Keep the vision tower, its routers included."})
-    freeze_connector: bool = field(default=False, metadata={"help": "Keep the connector."})
-    freeze_language: bool = field(default=False, metadata={"help": "Keep the decoder and the head, routers included."})
-    freeze_router: bool = field(default=False, metadata={"help": "Keep every router."})
-    train_only: list[str] = field(default_factory=list, metadata={"help": "Keep all but these: experts, router."})
+    freeze_vision: bool = field(default=False, metadata={"help": "Do not train the vision tower and its routers."})
+    freeze_connector: bool = field(default=False, metadata={"help": "Do not train the connector."})
+    freeze_language: bool = field(default=False, metadata={"help": "Do not train decoder, head and their routers."})
+    freeze_router: bool = field(default=False, metadata={"help": "Do not train any router."})
+    train_only: list[str] = field(default_factory=list, metadata={"help": "Train these alone: experts, router."})
     lora: bool = field(default=False, metadata={"help": "Train LoRA on the decoder's attention and on the experts."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale; the update is alpha / rank times B A."})
-    lora_targets: list[str] = field(default_factory=lambda: list(ATTENTION), metadata={"help": "Decoder layers."})
+    lora_targets: list[str] = field(default_factory=lambda: list(ATTENTION), metadata={"help": "Layers with LoRA."})
     lora_experts: bool = field(default=True, metadata={"help": "Whether the stacked experts get LoRA too."})
 
     def __post_init__(self):
@@ -93,8 +93,8 @@ class DataArguments:
 class MoeVlmTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the demo's defaults; the same names on both transformers lines."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Checkpoint, metrics, plots and logs go here."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an unfinished run or first model."})
+    output_dir: str | None = field(default=None, metadata={"help": "Required: checkpoint, metrics, plots, logs."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an unfinished run, or a model."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences (pictures) a step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch for evaluation and generation."})
@@ -113,9 +113,9 @@ class MoeVlmTrainingArguments(TrainingArguments):
     # A filter would hide a non-finite loss from the curves; we stop instead.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave off: a non-finite loss stops."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
-    eval_steps: float | None = field(default=None, metadata={"help": "Steps, or share; by default save_steps."})
+    eval_steps: float | None = field(default=None, metadata={"help": "Or a share of the run; default: save_steps."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save: no, steps, epoch, best."})
-    save_steps: float | None = field(default=None, metadata={"help": "The same; by default eval_steps, or 0.25."})
+    save_steps: float | None = field(default=None, metadata={"help": "Or a share; default: eval_steps, or 0.25."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Finish with the best one, if evaluated."})
