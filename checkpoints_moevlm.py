@@ -26,6 +26,8 @@ REPORTS = ("upcycling.json", "downcycling.json")
 REPORTS_OF_RUNS = ("metrics.json", "predictions_*.json", "samples.png", "samples.jsonl", "report.html", "plots/*.png")
 # What config.json holds besides fields, on one line or the other.
 WRITTEN_BESIDE = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+# What 4.57 writes beside rope_parameters, which alone are read.
+MIRRORS = {"rope_theta", "rope_scaling"}
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
@@ -52,13 +54,15 @@ def starting_point(args: TrainingArguments, model: str | None = None) -> str | N
 
     Raises:
         FileExistsError: A fresh start would destroy an unfinished run, or the checkpoint that it begins with.
-        FileNotFoundError: There is nothing to resume from.
+        FileNotFoundError: There is nothing to resume from, or no such folder.
     """
     wish = str(args.resume_from_checkpoint or "no")
     if wish.lower() in ("no", "false"):
         refuse_to_destroy(args, model)
         return None
     if wish.lower() not in ("last", "true"):
+        if not Path(wish).is_dir():
+            raise FileNotFoundError(f"resume_from_checkpoint={wish} is no folder; name a checkpoint-N folder, or last")
         return wish
     if (last := last_checkpoint(args.output_dir)) is None:
         raise FileNotFoundError(
@@ -148,8 +152,9 @@ def read_config(path: str) -> MoeVlmConfig:
     for part, (kind, given) in {"the whole": (MoeVlmConfig, fields), **parts}.items():
         known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
         known |= {*kind().to_dict(), *WRITTEN_BESIDE}
+        known = known | MIRRORS if "rope_parameters" in given else known - MIRRORS
         for field in sorted(set(given) - known):
-            close = difflib.get_close_matches(field, known, n=1)
+            close = ["rope_parameters"] if field in MIRRORS else difflib.get_close_matches(field, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "take it out"
             raise ValueError(f"config={path}: {part} has no field {field!r}; {hint}")
     return MoeVlmConfig(**fields)

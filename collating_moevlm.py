@@ -187,8 +187,10 @@ def _tokenize(chats: list[list[dict]], processor) -> list[_Tokens]:
     """Token ids and labels of the chats, each picture still one image token."""
     tokenizer = processor.tokenizer
     texts, spans = _render(chats, processor)
+    controls = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    controls.discard(processor.image_token)  # counted below
     for chat, text in zip(chats, texts, strict=True):
-        _check_chat(chat, text, processor)
+        _check_chat(chat, text, processor.image_token, controls)
     encoded = tokenizer(
         texts,
         add_special_tokens=not start_is_written(tokenizer, texts),
@@ -202,9 +204,8 @@ def _tokenize(chats: list[list[dict]], processor) -> list[_Tokens]:
     ]
 
 
-def _check_chat(chat: list[dict], text: str, processor) -> None:
-    image_token = processor.image_token
-    for control in set(processor.tokenizer.all_special_tokens) - {image_token}:
+def _check_chat(chat: list[dict], text: str, image_token: str, controls: set[str]) -> None:
+    for control in controls:
         if any(control in (part.get("text") or "") for message in chat for part in _parts(message)):
             raise ValueError(f"a text holds {control}, which the tokenizer reads as a control token; take it out")
     if not any(message["role"] == "assistant" for message in chat):

@@ -137,7 +137,8 @@ def decoded(image: Any) -> Image.Image:
 def need(row: Any, key: str, kind: type = str) -> Any:
     """Give a row's value, which must be of the kind and not empty."""
     value = row.get(key) if isinstance(row, dict) else None
-    if isinstance(value, bool) or not isinstance(value, kind) or not str(value).strip() or value == []:
+    empty = value == [] or (isinstance(value, str) and not value.strip())
+    if empty or isinstance(value, bool) or not isinstance(value, kind):
         raise RowError(f"{key!r} is {value!r}; give the row a usable {key!r}")
     return value
 

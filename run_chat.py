@@ -74,7 +74,7 @@ def answer_the_keyboard(conversation, streamer=None):
             try:
                 command, _, path = line.partition(" ")
                 if command == "/new":
-                    conversation.messages.clear()
+                    conversation.messages, conversation.waiting = [], []
                 elif command == "/image":
                     conversation.show([path.strip()])
                 else:

@@ -4,7 +4,6 @@
 The keys of an entry are the fields of its class; paths are relative to the mixture file.
 """
 
-import csv
 import importlib.util
 import io
 import logging
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import pandas
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 
@@ -221,12 +221,14 @@ class Hub(Entry):
         """The data set, its pictures left encoded."""
         path, files = self._place()
         options = {"split": self.split, "data_files": files, "streaming": self.streaming}
-        if path == "csv" and isinstance(files, str) and Path(files).is_file():
-            options |= _cells_as_written(files)
+        first = files[0] if isinstance(files, list) else files
         try:
+            if path == "csv" and isinstance(first, str) and Path(first).is_file():
+                options |= _cells_as_written(first)
             data = datasets.load_dataset(path, self.name, **options)
-        except DatasetGenerationError as error:  # which only says that there was one
-            raise ValueError(f"{self.place}: {self.path} does not load: {error.__cause__}; mend the file") from error
+        except (DatasetGenerationError, UnicodeDecodeError, pandas.errors.EmptyDataError) as error:
+            reason = error.__cause__ or error  # a DatasetGenerationError only says that there was one
+            raise ValueError(f"{self.place}: {self.path} does not load: {reason}; mend the file") from error
         if self.size is not None:
             data = data.take(self.size) if self.streaming else data.shuffle(self.seed).take(min(self.size, len(data)))
         for column, feature in (data.features or {}).items():
@@ -343,8 +345,7 @@ def _pictures(row: dict[str, Any]) -> list[Any]:
 
 def _cells_as_written(path: str) -> dict[str, Any]:
     """Options that keep "007", "1.50", "true" and "None" of a CSV file what they are."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        columns = next(csv.reader(file), [])
+    columns = pandas.read_csv(path, nrows=0).columns  # as `datasets` names them
     return {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False}
 
 

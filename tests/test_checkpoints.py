@@ -131,6 +131,17 @@ def test_a_saved_config_and_those_that_come_along_are_read(tmp_path, config, tin
         read_config(str(path))
 
 
+def test_a_config_of_either_line_is_read_and_mirrors_of_positions_alone_are_not(tmp_path):
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"text_config": {**rope, "rope_theta": 5e5, "rope_scaling": None}}))
+    assert read_config(str(path)).text_config.rope_parameters["rope_theta"] == 5e5
+    for alone in ({"rope_theta": 5e5}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}):
+        path.write_text(json.dumps({"text_config": alone}))
+        with pytest.raises(ValueError, match="has no field 'rope_.*'; did you mean 'rope_parameters'"):
+            read_config(str(path))
+
+
 def test_an_adapter_is_no_model_to_begin_with(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a LoRA adapter; give the folder of the merged model"):

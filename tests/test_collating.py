@@ -219,9 +219,10 @@ def test_a_record_without_an_answer_is_an_error(processor):
         encode_record(bad, processor)
 
 
-def test_a_control_token_written_into_a_text_is_an_error_or_left_out_by_name(processor, caplog):
-    record = {"id": "r1", "task": "vqa", "messages": messages_of([("is <|end|> seen?", "no")])}
-    with pytest.raises(ValueError, match="record 'r1': a text holds <|end|>, .* take it out".replace("|", r"\|")):
+@pytest.mark.parametrize("control", ["<|end|>", "<|assistant|>", "<|user|>"])
+def test_a_control_token_written_into_a_text_is_an_error_or_left_out_by_name(processor, caplog, control):
+    record = {"id": "r1", "task": "vqa", "messages": messages_of([(f"is {control} seen?", "no")])}
+    with pytest.raises(ValueError, match=f"record 'r1': a text holds {re.escape(control)}, .* take it out"):
         encode_record(record, processor)
     empty = {name: [] for name in ("input_ids", "labels", "position_ids", "segment_ids")}
     with caplog.at_level("WARNING"):

@@ -394,6 +394,14 @@ def test_cells_of_a_csv_are_taken_as_they_are_written(tmp_path, photos):
     records = load(tmp_path, {"source": "hub", "path": "q.csv"})
     found = [(record["id"], record["answers"][0]) for record in records]
     assert found == [("007", "1.50"), ("q.csv-train-1", "None"), ("3", "true")]
+    records = load(tmp_path, {"source": "hub", "path": "csv", "data_files": ["q.csv"]})
+    assert [record["answers"][0] for record in records] == ["1.50", "None", "true"]
+
+
+@pytest.mark.parametrize("start", ["", "\n"])
+def test_a_csv_with_the_index_of_a_data_frame_or_an_empty_first_line_loads(tmp_path, photos, start):
+    (tmp_path / "q.csv").write_text(start + ",image,question,answer\n0,images/1.png,a?,07\n")
+    assert [one["answers"][0] for one in load(tmp_path, {"source": "hub", "path": "q.csv"})] == ["07"]
 
 
 @pytest.mark.parametrize(
@@ -405,6 +413,7 @@ def test_cells_of_a_csv_are_taken_as_they_are_written(tmp_path, photos):
             "q.jsonl does not load: .*",
         ),
         ("q.tsv", "image\tquestion\n", "q.tsv is of no kind that is read; known are .parquet"),
+        ("q.csv", "", "q.csv does not load: No columns to parse from file"),
         ("q.csv", "image,question,answer\n,a?,x\n", "has 0 pictures, and a vqa row needs one"),
     ],
 )

@@ -95,9 +95,9 @@ def test_the_prompt_shows_pictures_survives_slips_and_starts_again(begin, monkey
     assert "rad.png' is no picture file" in printed and "2 <image> placeholders but 1 images" in printed
     assert roles_and_parts(conversation) == [("user", ["image", "text"]), ("assistant", ["text"])]
     assert conversation.messages[0]["content"][0]["image"].getpixel((0, 0)) == (255, 0, 0)
-    typed = iter(["/new", ""])
+    typed = iter([f"/image {tmp_path}/red.png", "/new", ""])
     run_chat.answer_the_keyboard(conversation)
-    assert conversation.messages == []
+    assert conversation.messages == [] and conversation.waiting == []
 
 
 def test_turns_taken_back_on_the_page_are_forgotten(begin, tmp_path):
