@@ -59,10 +59,11 @@ def test_the_last_whole_checkpoint_is_found_by_number_and_a_cut_off_one_is_not(t
     assert starting_point(arguments(tmp_path, resume_from_checkpoint="True")) == whole
 
 
-def test_a_named_checkpoint_is_taken_as_it_is(tmp_path):
-    assert (
-        starting_point(arguments(tmp_path, resume_from_checkpoint="elsewhere/checkpoint-3")) == "elsewhere/checkpoint-3"
-    )
+def test_a_named_checkpoint_is_taken_as_it_is_if_it_is_there(tmp_path):
+    whole = checkpoint(tmp_path, 3)
+    assert starting_point(arguments(tmp_path / "new", resume_from_checkpoint=whole)) == whole
+    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint=gone/checkpoint-3 is no folder; name"):
+        starting_point(arguments(tmp_path, resume_from_checkpoint="gone/checkpoint-3"))
 
 
 def test_resuming_from_nothing_says_so(tmp_path):
