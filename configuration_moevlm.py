@@ -256,31 +256,30 @@ class MoeVlmTextConfig(SparseConfig):
         self.use_cache = use_cache
         self.embedding_initializer_range = embedding_initializer_range
         self.mlp_layer_types = mlp_layer_types or layer_types_from(moe_layers, num_hidden_layers)
-        rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
-        # Before the base class: transformers 5 fills in what is missing, and the checkpoint would mean something else.
-        if not {"rope_type", "rope_theta"} <= rope_parameters.keys():
-            raise ValueError(f"rope_parameters={rope_parameters} must have both rope_type and rope_theta")
-        if {**kwargs, **rope_parameters}.get("partial_rotary_factor", 1) != 1:
-            raise ValueError("partial_rotary_factor must be 1: positions turn whole heads; leave it out")
+        self._take_positions(rope_parameters, kwargs)
         # transformers 5 drops these four from the base class, 4.57 sets them there: both ways they must arrive.
         kwargs |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         kwargs["tie_word_embeddings"] = tie_word_embeddings
-        # 4.57 reads the two attributes, 5.x the dict (and would warn about the attributes).
-        kwargs.pop("rope_theta", None)
-        kwargs.pop("rope_scaling", None)
-        self.rope_parameters = rope_parameters
-        if not hasattr(PretrainedConfig, "rope_scaling"):  # transformers 4
-            self.rope_theta = rope_parameters["rope_theta"]
-            self.rope_scaling = None if rope_parameters["rope_type"] == "default" else rope_parameters
         super().__init__(**kwargs)
         self._check()
 
+    def _take_positions(self, rope_parameters, kwargs):
+        """To be called before the base class: transformers 5 fills in what is missing, which changes the meaning."""
+        rope = self.rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
+        if not {"rope_type", "rope_theta"} <= rope.keys():
+            raise ValueError(f"rope_parameters={rope} must have both rope_type and rope_theta")
+        if {**kwargs, **rope}.get("partial_rotary_factor", 1) != 1:
+            raise ValueError("partial_rotary_factor must be 1: positions turn whole heads; leave it out")
+        # 4.57 reads the two attributes, 5.x the dict (and would warn about the attributes).
+        kwargs.pop("rope_theta", None)
+        kwargs.pop("rope_scaling", None)
+        if not hasattr(PretrainedConfig, "rope_scaling"):  # transformers 4
+            self.rope_theta = rope["rope_theta"]
+            self.rope_scaling = None if rope["rope_type"] == "default" else rope
+
     def _check(self):
-        check_positive(
-            self,
-            ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            + ("num_key_value_heads", "head_dim", "max_position_embeddings"),
-        )
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        check_positive(self, (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"))
         check_activations(self)
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, but positions turn pairs of numbers; make it even")
