@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch.utils.data import Sampler
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -63,7 +64,8 @@ def encode_record(record: dict, processor, max_length: int | None = None) -> dic
             return _one_segment(turns[0], max_length)
         return _packed(turns, processor.image_token_id, max_length)
     except ValueError as error:
-        raise ValueError(f"record {record.get('id')!r}: {error}") from error
+        way_out = "run_finetune.py leaves such records out with --skip_bad_rows"
+        raise ValueError(f"record {record.get('id')!r}: {error}; {way_out}") from error
 
 
 def encode_or_skip(record: dict, processor, max_length: int | None = None) -> dict[str, list[int]]:
@@ -73,6 +75,21 @@ def encode_or_skip(record: dict, processor, max_length: int | None = None) -> di
     except ValueError as error:
         logger.warning("left out %s", error)
         return {name: [] for name in ("input_ids", "labels", "position_ids", "segment_ids")}
+
+
+def without_skipped(encoded: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The rows that [`encode_or_skip`] did encode; of a stored set the log says how many it did not.
+
+    Raises:
+        ValueError: It encoded none of a stored set.
+    """
+    kept = encoded.filter(bool, input_columns="input_ids")
+    if not isinstance(kept, Dataset) or len(kept) == len(encoded):
+        return kept
+    if not len(kept):
+        raise ValueError(f"none of {len(encoded)} records can be encoded; run without skip_bad_rows to see why")
+    logger.warning("left out %d of %d records that cannot be encoded", len(encoded) - len(kept), len(encoded))
+    return kept
 
 
 class MoeVlmCollator:
@@ -209,7 +226,7 @@ def _check_chat(chat: list[dict], text: str, image_token: str, controls: set[str
         if any(control in (part.get("text") or "") for message in chat for part in _parts(message)):
             raise ValueError(f"a text holds {control}, which the tokenizer reads as a control token; take it out")
     if not any(message["role"] == "assistant" for message in chat):
-        raise ValueError("there is no assistant message to learn from; add the answer or leave the record out")
+        raise ValueError("there is no assistant message to learn from; add the answer")
     pictures = sum(part["type"] == "image" for message in chat for part in _parts(message))
     if text.count(image_token) != pictures:
         raise ValueError(
@@ -317,9 +334,7 @@ def _packed(turns: list[_Tokens], image_token_id: int, max_length: int | None) -
 
 
 def _too_long(needed: int, max_length: int) -> ValueError:
-    return ValueError(
-        f"the first turn alone takes {needed} tokens but max_length={max_length}; raise it or leave the record out"
-    )
+    return ValueError(f"the first turn alone takes {needed} tokens but max_length={max_length}; raise it")
 
 
 class StagedSampler(Sampler):

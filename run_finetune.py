@@ -20,7 +20,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import logging, set_seed
 
 from moevlm.checkpoints_moevlm import clear, finish, starting_model, starting_point
-from moevlm.collating_moevlm import MoeVlmCollator, encode_or_skip, encode_record
+from moevlm.collating_moevlm import MoeVlmCollator, encode_or_skip, encode_record, without_skipped
 from moevlm.data_moevlm import load_mixture
 from moevlm.evaluation_moevlm import draw_samples, predict, samples_from, score
 from moevlm.memory_moevlm import keep_freed_memory
@@ -142,7 +142,7 @@ def encode(records, processor, data_args):
         settings["num_proc"] = data_args.preprocessing_num_workers
         encoded = records.select(first).select_columns(columns).map(**settings).select(copies)
         encoded = concatenate_datasets([records.select_columns(kept), encoded], axis=1)
-    return encoded.filter(bool, input_columns="input_ids") if data_args.skip_bad_rows else encoded
+    return without_skipped(encoded) if data_args.skip_bad_rows else encoded
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
-from moevlm.collating_moevlm import IGNORED, MoeVlmCollator, encode_or_skip, encode_record, shifted
+from moevlm.collating_moevlm import IGNORED, MoeVlmCollator, encode_or_skip, encode_record, shifted, without_skipped
 from moevlm.processing_moevlm import build_processor, train_tokenizer
 from moevlm.records_moevlm import messages_of
 
@@ -230,6 +231,18 @@ def test_a_control_token_written_into_a_text_is_an_error_or_left_out_by_name(pro
     assert "left out record 'r1'" in caplog.text
     good = {"id": "r2", "task": "vqa", "messages": messages_of([("seen?", "no")])}
     assert encode_or_skip(good, processor) == encode_record(good, processor)
+
+
+def test_records_that_were_skipped_are_counted_even_if_datasets_remembers_them(processor, caplog):
+    records = [{"id": id, "task": "vqa", "messages": messages_of([(id, "no")])} for id in ("a", "<|end|>", "c")]
+    for _ in range(2):  # the second time `datasets` answers from its cache, and logs no record
+        caplog.clear()
+        encoded = Dataset.from_list(records).map(encode_or_skip, fn_kwargs={"processor": processor})
+        assert without_skipped(encoded)["id"] == ["a", "c"]
+        assert "left out 1 of 3 records that cannot be encoded" in caplog.text
+    with pytest.raises(ValueError, match="none of 1 records can be encoded; run without skip_bad_rows"):
+        without_skipped(encoded.select([1]))
+    assert len(list(without_skipped(encoded.to_iterable_dataset()))) == 2
 
 
 def test_the_image_token_written_into_a_text_is_an_error(processor):
