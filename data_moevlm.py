@@ -53,6 +53,7 @@ def load_mixture(
     """
     path = Path(path)
     mixture = _mixture(path)
+    check_known(str(path), part, PARTS)
     part = "eval" if part == "test" and "test" not in mixture else part
     if part not in mixture:
         raise ValueError(

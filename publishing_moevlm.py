@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard
 
 from .configuration_moevlm import MoeVlmConfig
+from .sources_moevlm import Hub
 
 # What an older commit may have left on the Hub and a newer one must not keep: a whole file wins over new shards.
 REPLACED = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*", "*_moevlm.py")
@@ -317,10 +318,9 @@ def read_mixtures(path: str | None, metrics: Mapping[str, Any]):
 def _mixture(path: str) -> dict[str, Any]:
     """The parts of a mixture file; each entry knows its `part`, and whether a `hub` source is `local` files."""
     mixture = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    here = Path(path).parent
 
     def is_local(entry):
-        return "data_files" in entry or (entry["source"] == "hub" and (here / entry["path"]).exists())
+        return entry["source"] == "hub" and Hub.is_local(entry["path"], Path(path).parent)
 
     return {
         part: [entry | {"part": part, "local": is_local(entry)} for entry in entries]

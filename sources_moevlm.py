@@ -215,6 +215,13 @@ class Hub(Entry):
     COLUMNS: ClassVar = ("image", "images", "question", "answer", "answers", "caption", "captions", "messages", "id",
                          "question_type", "answer_type")  # fmt: skip
     BUILDERS: ClassVar = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+    WITH_FILES: ClassVar = {*BUILDERS.values(), "imagefolder"}  # kinds of files, which `data_files` names
+
+    @classmethod
+    def is_local(cls, path: str, folder: Path) -> bool:
+        """Whether a path, relative to the folder, means files of one's own, even if gone, and no Hub data set."""
+        on_disk = Path(path).suffix in cls.BUILDERS or path.startswith((".", "/", "~")) or (folder / path).exists()
+        return on_disk or path in cls.WITH_FILES
 
     @cached_property
     def data(self) -> Dataset | IterableDataset:
@@ -241,6 +248,8 @@ class Hub(Entry):
     def _place(self) -> tuple[str, Any]:
         """What `datasets` is to load, a Hub id, a folder or a kind of file, and the files."""
         local, path, files = self.folder / self.path, self.path, self.data_files
+        if files == []:
+            raise ValueError(f"{self.place}: data_files is []; name a file in it, or leave it out")
         if local.is_file() and local.suffix not in self.BUILDERS:
             known = ", ".join(self.BUILDERS)
             raise ValueError(f"{self.place}: {local} is of no kind that is read; known are {known}, and folders")
@@ -248,10 +257,10 @@ class Hub(Entry):
             return self.BUILDERS[local.suffix], str(local)
         if local.exists():
             return str(local), files
-        if local.suffix in self.BUILDERS or path.startswith((".", "/", "~")):
+        if path in self.WITH_FILES:
+            return path, _resolved(files, self.folder)
+        if self.is_local(path, self.folder):
             raise FileNotFoundError(f"{self.place}: {local} does not exist; paths are relative to the mixture file")
-        if path in {*self.BUILDERS.values(), "imagefolder"}:
-            files = _resolved(files, self.folder)
         return path, files
 
     @cached_property

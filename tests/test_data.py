@@ -517,6 +517,7 @@ def test_hub_takes_a_builder_with_data_files_beside_the_mixture(tmp_path, parque
         ),
         ({"columns": {"image": "img"}}, ValueError, r"no column to learn from; .*the data set has img, q, a"),
         ({"task": "chat"}, ValueError, r"no column to learn from"),
+        ({"path": "csv", "data_files": []}, ValueError, r"train\[0\]: data_files is \[\]; name a file"),
     ],
 )
 def test_a_bad_hub_entry_says_what_the_data_set_has(tmp_path, parquet, change, error, message):
@@ -675,7 +676,7 @@ def test_parts_are_listed_and_test_falls_back_to_eval(tmp_path):
     path = mixture(tmp_path, {"source": "scenes", "size": 1}, eval=[{"source": "scenes", "size": 2}])
     assert mixture_parts(path) == ["eval", "train"]
     assert set(load_mixture(path, "test", grouped=True)["id"]) == {"scene-eval-0-0", "scene-eval-0-1"}
-    with pytest.raises(ValueError, match="has no part 'valid', only eval, train; add `valid:`"):
+    with pytest.raises(ValueError, match="unknown 'valid'.*; known: train, eval, test"):
         load_mixture(path, "valid", grouped=True)
 
 

@@ -283,7 +283,9 @@ def test_the_card_tells_training_data_from_what_the_scores_were_measured_on(tmp_
 
 def test_the_card_names_no_local_paths_and_the_part_that_was_scored(tmp_path):
     (tmp_path / "mine.jsonl").write_text("")
-    entries = [{"source": "hub", "path": str(tmp_path / "mine.jsonl")}, {"source": "hub", "path": "org/name"}]
+    hub = {"source": "hub", "path": "org/name", "data_files": "part.parquet"}
+    moved = {"source": "hub", "path": str(tmp_path / "moved")}
+    entries = [{"source": "hub", "path": str(tmp_path / "mine.jsonl")}, hub, moved]
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"train": entries, "eval": entries[:1]}))
     metrics = METRICS | {"training": METRICS["training"] | {"data": str(tmp_path / "mix.yaml")}}
     trained_on, scored_on = read_mixtures(None, metrics)

@@ -46,6 +46,8 @@ WORKSHOP_EXCEPTIONS |= {"sources": {"scenes", "dialogues", "records"}, "tasks": 
 WORKSHOP_EXCEPTIONS |= {"training": {"telemetry", "grounding", "collating"}, "grounding": {"collating"}}
 WORKSHOP_EXCEPTIONS |= {"peers": {"layouts"}, "parents": {"configmaps"}}  # the errors while opening
 WORKSHOP_EXCEPTIONS |= {"carryover": {"configmaps", "parents"}}  # remarks on pictures; what a parent is
+WORKSHOP_EXCEPTIONS |= {"checkpoints": {"records"}}  # a config is a JSON file
+WORKSHOP_EXCEPTIONS |= {"publishing": {"sources"}}  # which of a mixture's entries are files of one's own
 # Besides the standard library: what each user of a transformers model with pictures has installed.
 PACKAGES = {"torch", "transformers", "numpy", "PIL", "tokenizers"}
 
