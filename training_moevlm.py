@@ -112,13 +112,13 @@ class MoeVlmTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=20, metadata={"help": "Steps between two lines of the log."})
     # A filter would hide a non-finite loss from the curves; we stop instead.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave off: a non-finite loss stops."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_strategy: str | None = field(default=None, metadata={"help": "no, steps, epoch; default: save_strategy's."})
     eval_steps: float | None = field(default=None, metadata={"help": "Or a share of the run; default: save_steps."})
-    save_strategy: str = field(default="steps", metadata={"help": "When to save: no, steps, epoch, best."})
+    save_strategy: str | None = field(default=None, metadata={"help": "Or best; default: eval_strategy's, or steps."})
     save_steps: float | None = field(default=None, metadata={"help": "Or a share; default: eval_steps, or 0.25."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Finish with the best one, if evaluated."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Finish with the best one, if scored."})
     metric_for_best_model: str | None = field(default="score", metadata={"help": "score: mean over the tasks."})
     greater_is_better: bool | None = field(default=None, metadata={"help": "By default unless its name ends in loss."})
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Trackers, or none."})
@@ -137,8 +137,15 @@ class MoeVlmTrainingArguments(TrainingArguments):
         if self.accelerator_config is None:
             # For a stream accelerate would split one batch by rows, but a row may have any number of pictures.
             self.accelerator_config = {"dispatch_batches": False}
+        for name in ("save", "eval"):
+            if (steps := getattr(self, f"{name}_steps")) is not None and steps <= 0:
+                raise ValueError(f"{name}_steps={steps} must be above 0; {name}_strategy=no is never")
         self.save_steps = self.save_steps or self.eval_steps or 0.25
         self.eval_steps = self.eval_steps or self.save_steps
+        given = [one for one in (self.eval_strategy, self.save_strategy) if one in ("steps", "epoch")]
+        self.eval_strategy, self.save_strategy = (
+            one or (given or ["steps"])[0] for one in (self.eval_strategy, self.save_strategy)
+        )
         if self.save_strategy not in ("best", self.eval_strategy) or self.eval_strategy == "no":
             self.load_best_model_at_end = False
         if not torch.accelerator.is_available():

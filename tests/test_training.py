@@ -109,9 +109,11 @@ def mixed_rows(processor, rows):
         ({"save_steps": 100}, ("steps", 100, "steps", 100, True)),
         ({"eval_steps": 50}, ("steps", 50, "steps", 50, True)),
         ({"eval_steps": 50, "save_steps": 100}, ("steps", 50, "steps", 100, True)),
-        ({"save_strategy": "epoch"}, ("steps", 0.25, "epoch", 0.25, False)),
+        ({"save_strategy": "epoch"}, ("epoch", 0.25, "epoch", 0.25, True)),
+        ({"eval_strategy": "epoch"}, ("epoch", 0.25, "epoch", 0.25, True)),
+        ({"eval_strategy": "epoch", "save_strategy": "steps"}, ("epoch", 0.25, "steps", 0.25, False)),
         ({"eval_strategy": "no"}, ("no", 0.25, "steps", 0.25, False)),
-        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, ("epoch", 0.25, "epoch", 0.25, True)),
+        ({"save_strategy": "no"}, ("steps", 0.25, "no", 0.25, False)),
         ({"save_strategy": "best"}, ("steps", 0.25, "best", 0.25, True)),
     ],
 )
@@ -119,6 +121,12 @@ def test_a_run_is_saved_and_scored_four_times_unless_told_otherwise(tmp_path, gi
     args = MoeVlmTrainingArguments(output_dir=str(tmp_path), report_to="none", **given)
     names = ("eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end")
     assert tuple(getattr(args, name) for name in names) == found
+
+
+@pytest.mark.parametrize("name", ["save", "eval"])
+def test_no_step_is_no_time_to_save_or_score_at(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}_steps=0 must be above 0; {name}_strategy=no is never"):
+        MoeVlmTrainingArguments(output_dir=str(tmp_path), report_to="none", **{f"{name}_steps": 0})
 
 
 def test_a_run_needs_a_place_for_its_result():
