@@ -100,8 +100,13 @@ def count_use(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> tupl
 
 
 def blocks_of(config: MoeVlmConfig) -> dict[str, Any]:
-    """The sparse layers of decoder and tower: name of the block, and its part's config."""
-    parts = ((DECODER, config.text_config), (TOWER, config.vision_config))
+    """The sparse layers that have a dense form: name of the block, and its part's config.
+
+    They are the decoder's, and the tower's unless its experts have gates (`expert_form` swiglu), beside layers without.
+    """
+    parts = [(DECODER, config.text_config)]
+    if config.vision_config.expert_form == "mlp":
+        parts.append((TOWER, config.vision_config))
     return {
         f"{prefix}layers.{i}.mlp.": part
         for prefix, part in parts
@@ -241,8 +246,8 @@ def collapsed(
 ) -> tuple[dict[str, Tensor], MoeVlmConfig]:
     """State dict and config of the dense model that is nearest in weights: decoder and tower without experts.
 
-    The connector's go where they add nothing yet (a last matrix of zeros), and stay otherwise: they have no dense form.
-    Nor have a tower's with gates (`expert_form` swiglu), beside layers without.
+    Of the tower those of [`blocks_of`] only. The connector's go where they add nothing yet (a last matrix of zeros),
+    and stay otherwise: they have no dense form.
     Experts of the dense layer's width become their mean, weighed by use. Narrower ones become the n slices that fill
     it beside the shared expert: slice s is the mean of the experts e with e mod n = s, scaled by the routing weight
     that they got together. That is the parent again where the experts are still those of run_upcycle.py.
@@ -251,12 +256,10 @@ def collapsed(
         ValueError: Experts that do not fill the dense layer, or a gated shared expert.
     """
     state, fields = dict(state), config.part_fields()
-    parts = ("text_config", "vision_config") if config.vision_config.expert_form == "mlp" else ("text_config",)
     for block, part in blocks_of(config).items():
-        if any(part is getattr(config, name) for name in parts):
-            layer = dense_layer(state, block, part, use[block])
-            state = {key: tensor for key, tensor in state.items() if not key.startswith(block)} | layer
-    for name in parts:
+        layer = dense_layer(state, block, part, use[block])
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(block)} | layer
+    for name in ("text_config", "vision_config") if config.vision_config.expert_form == "mlp" else ("text_config",):
         part = fields[name]
         part |= {"mlp_layer_types": ["dense"] * part["num_hidden_layers"], "shared_expert_mix": None}
         part |= {"n_group": 1, "topk_group": 1, "router_global_entropy_threshold": None}  # of experts that are gone

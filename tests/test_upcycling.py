@@ -381,9 +381,10 @@ def test_a_sparse_tower_needs_pictures_to_be_weighed(batch):
     assert smaller(model, [words], to_experts=2).config.text_config.num_experts == 2
 
 
-def test_experts_with_gates_stay_in_a_tower_whose_layers_have_none(batch):
+def test_experts_with_gates_stay_in_a_tower_whose_layers_have_none():
     model = MoeVlmForConditionalGeneration(tiny_config(intermediate_size=16)).eval()
-    use, _ = count_use(model, [batch])
+    words = {"input_ids": torch.tensor([[11, 12, 13]]), "labels": torch.tensor([[11, 12, 13]])}
+    use, _ = count_use(model, [words])  # what stays needs no pictures
     arguments = DowncycleArguments(model_name_or_path="model", to_experts=0)
     state, config, remarks = made_smaller(model.state_dict(), model.config, use, arguments)
     assert "the tower keeps its experts" in remarks
