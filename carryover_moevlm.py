@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .configmaps_moevlm import picture_remarks
 from .configuration_moevlm import MoeVlmConfig
@@ -53,8 +54,7 @@ def read_tokenizer(parent: Parent, source: str | None = None):
 
 def load_tokenizer(source: str | Path, **places):
     """The tokenizer at a folder or Hub id; one that transformers 5 saved loads on 4.57 too."""
-    path = Path(source, "tokenizer_config.json")
-    fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    fields = get_tokenizer_config(source)
     if fields.get("tokenizer_class") != "TokenizersBackend":
         return AutoTokenizer.from_pretrained(source, **places)
     if isinstance(extra := fields.get("extra_special_tokens"), list):

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoProcessor, Trainer, TrainingArguments
 from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmForConditionalGeneration
 from .processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
+from .records_moevlm import read_json
 
 # What commands write beside a model.
 REPORTS = ("upcycling.json", "downcycling.json")
@@ -145,11 +146,14 @@ def read_config(path: str) -> MoeVlmConfig:
     """The config that a JSON file of its fields describes.
 
     Raises:
-        ValueError: A field that our configs do not have.
+        ValueError: A field that our configs do not have, or a file of another form.
     """
-    fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    parts = {name: (kind, fields.get(name, {})) for name, kind in MoeVlmConfig.sub_configs.items()}
-    for part, (kind, given) in {"the whole": (MoeVlmConfig, fields), **parts}.items():
+    fields = read_json(Path(path))
+    kinds = {"the whole": MoeVlmConfig, **MoeVlmConfig.sub_configs}
+    for part, kind in kinds.items():
+        given = fields if kind is MoeVlmConfig else fields.get(part, {})
+        if not isinstance(given, dict):
+            raise ValueError(f"config={path}: {part} is {given!r}; make it an object of fields")
         known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
         known |= {*kind().to_dict(), *WRITTEN_BESIDE}
         known = known | MIRRORS if "rope_parameters" in given else known - MIRRORS
@@ -237,7 +241,8 @@ def whole_folder(output_dir: str, overwrite: bool = False, sources: Iterable[str
                 f"output_dir={target} is not replaced by --overwrite_output_dir: it holds no model of ours, or the "
                 "command runs in it; choose another, or empty it yourself"
             )
-    if inside := [source for source in sources if target in Path(source).resolve().parents]:
+    here = (source for source in sources if Path(source).exists())  # the others are Hub ids
+    if inside := [source for source in here if target in Path(source).resolve().parents]:
         raise FileExistsError(f"output_dir={target} holds {inside[0]}, which is read; choose another output_dir")
     try:
         shutil.rmtree(incoming, ignore_errors=True)

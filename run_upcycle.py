@@ -51,7 +51,8 @@ def main():
 
 def upcycle():
     args, recipe = parse((UpcycleArguments, upcycling.Recipe), sys.argv[1:])
-    with whole_folder(args.output_dir, args.overwrite_output_dir, args.roles.values()) as folder:
+    sources = [*args.roles.values(), *([args.tokenizer] if args.tokenizer else [])]
+    with whole_folder(args.output_dir, args.overwrite_output_dir, sources) as folder:
         parents = open_parents(args.roles)
         main_parent = parents.get("whole") or parents["text"]
         tokenizer = read_tokenizer(main_parent, args.tokenizer)

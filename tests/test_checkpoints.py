@@ -116,12 +116,17 @@ def test_a_resumed_run_keeps_the_tokenizer_that_its_weights_know(tmp_path, confi
         ({"text_config": {"num_expert": 4}}, "text_config has no field 'num_expert'; did you mean 'num_experts'"),
         ({"vison_config": {}}, "the whole has no field 'vison_config'; did you mean 'vision_config'"),
         ({"connector_config": {"zzz": 1}}, "connector_config has no field 'zzz'; take it out"),
+        ({"text_config": None}, "text_config is None; make it an object of fields"),
+        ([], r"the whole is \[\]; make it an object of fields"),
     ],
 )
 def test_a_field_that_no_config_has_is_named(tmp_path, fields, message):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=f"mine.json: {message}"):
+        read_config(str(path))
+    path.write_text("{")
+    with pytest.raises(ValueError, match="mine.json: is not valid JSON"):
         read_config(str(path))
 
 
@@ -301,6 +306,17 @@ def test_the_folder_that_the_command_runs_in_is_not_replaced(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "made" / "inner")
     with pytest.raises(FileExistsError, match="the command runs in it"):
         replace("..")
+
+
+def test_a_hub_id_whose_organisation_is_the_output_is_no_folder_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    target = written(tmp_path / "made", OLD)
+    with whole_folder("made", True, ["made/model"]) as folder:
+        written(folder, NEW)
+    assert content(target) == NEW
+    (written(target, OLD) / "model").mkdir()
+    with pytest.raises(FileExistsError, match="made/model, which is read"), whole_folder("made", True, ["made/model"]):
+        pass
 
 
 LLAMA = {"config.json": '{"model_type": "llama"}'}

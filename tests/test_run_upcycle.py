@@ -183,13 +183,19 @@ def test_pictures_are_scaled_as_the_parents_processor_does(settings, wanted, par
         assert (list(found) if isinstance(value, list) else found) == value
 
 
-def test_a_tokenizer_that_transformers_5_saved_is_read_on_both_lines(parents, tmp_path):
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_tokenizer_that_transformers_5_saved_is_read_on_both_lines(remote, hub, parents, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, value in (("TRANSFORMERS_CACHE", str(tmp_path / "cache")), ("_is_offline_mode", False)):
+        monkeypatch.setattr(transformers.utils.hub, name, value, raising=False)  # of 4.57
     folder = copied(parents / "text", tmp_path / "text")
     path = folder / "tokenizer_config.json"
     fields = json.loads(path.read_text()) | {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["[x]"]}
     fields.pop("additional_special_tokens", None)
     path.write_text(json.dumps(fields))
-    theirs, ours = AutoTokenizer.from_pretrained(parents / "text"), read_tokenizer(open_parent(str(folder)))
+    on_the_hub(hub, "me/text", folder)
+    theirs = AutoTokenizer.from_pretrained(parents / "text")
+    ours = read_tokenizer(open_parent(str(folder)), "me/text" if remote else None)
     assert ours("a red circle").input_ids == theirs("a red circle").input_ids
     assert "[x]" in ours.all_special_tokens
 
@@ -201,11 +207,15 @@ def test_a_bin_file_of_the_old_form_is_read(tmp_path):
 
 
 def test_a_source_inside_the_output_is_not_deleted(made, tmp_path, command):
-    inside = copied(made, tmp_path / "other").rename(made / "checkpoint-5")
+    other = copied(made, tmp_path / "other")
+    inside = copied(other, made / "checkpoint-5")
     words = ("--model_name_or_path", inside, "--parts", "connector", "--skip_proof", "--overwrite_output_dir")
     with pytest.raises(FileExistsError, match="checkpoint-5, which is read; choose another output_dir"):
         command(*words)
     assert (inside / "config.json").exists()
+    words = ("--model_name_or_path", other, "--tokenizer", inside, "--parts", "connector", "--overwrite_output_dir")
+    with pytest.raises(FileExistsError, match="checkpoint-5, which is read"):
+        command(*words)
 
 
 @pytest.mark.parametrize(
