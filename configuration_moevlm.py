@@ -106,7 +106,7 @@ class MoeVlmVisionConfig(SparseConfig):
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}"
             )
         if self.image_size < self.patch_size or (self.stem == "conv" and self.image_size % self.patch_size):
-            raise ValueError(f"image_size={self.image_size} is below patch_size={self.patch_size} or no multiple of it")
+            raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if self.expert_form not in ("swiglu", "mlp"):
             raise ValueError(f"expert_form={self.expert_form!r} must be 'swiglu' or 'mlp'")
         if self.stem not in ("patch", "conv"):

@@ -456,8 +456,9 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             raise ValueError("input_ids has image placeholders, but there are no pixel_values; pass the pictures too")
 
     def is_sharded(self):
-        """Whether FSDP2 spreads the tower's layers over ranks, which then run them together in evaluation too."""
-        parts = (self.vision_tower, *self.vision_tower.layers)
+        """Whether FSDP2 spreads part of tower or connector over ranks, which then run it together in evaluation too."""
+        tower, connector = self.vision_tower, self.connector
+        parts = (tower, *tower.layers, *tower.children(), connector, *connector.children())
         return any(hasattr(part, "set_requires_gradient_sync") for part in parts)
 
     def visit_unused_tower(self, inputs_embeds):

@@ -629,12 +629,13 @@ def test_no_buffer_that_is_left_out_of_checkpoints_is_empty(kinds):
     assert not any("allowed" in name for name in model.state_dict())
 
 
-def test_a_tower_spread_by_fsdp2_runs_in_evaluation_too(tiny, batch, monkeypatch):
+@pytest.mark.parametrize("part", ["vision_tower.layers.0", "vision_tower.embeddings", "connector", "connector.mlp"])
+def test_a_part_spread_by_fsdp2_runs_in_evaluation_too(part, tiny, batch, monkeypatch):
     ids = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, 9)
     calls = []
     monkeypatch.setattr(tiny.model, "visit_unused_tower", lambda states: calls.append(1) or states)
     tiny.eval()(input_ids=ids)
     assert not calls
-    tiny.model.vision_tower.layers[0].set_requires_gradient_sync = None  # what FSDP2 gives each of its modules
+    tiny.model.get_submodule(part).set_requires_gradient_sync = None  # what FSDP2 gives each of its modules
     tiny(input_ids=ids)
     assert calls
