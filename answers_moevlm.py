@@ -303,5 +303,6 @@ def read_details(path: Path) -> list[dict[str, Any]]:
 def replace(path: Path, save: Callable[[Path], Any]) -> None:
     """Put a file in its place when it is whole."""
     temporary = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     save(temporary)
     os.replace(temporary, path)

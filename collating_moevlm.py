@@ -55,17 +55,15 @@ def encode_record(record: dict, processor, max_length: int | None = None) -> dic
         ValueError: There is no answer, not even the first turn fits `max_length`, a text holds the image token, or
             the turns do not share their pictures.
     """
-    chats = [record["messages"]]
-    if record["task"] in INDEPENDENT_TASKS:
-        chats = _split_turns(record)
     try:
+        chats = _split_turns(record) if record["task"] in INDEPENDENT_TASKS else [record["messages"]]
         turns = [_expand_images(tokens, processor) for tokens in _tokenize(chats, processor)]
         if len(turns) == 1:
             return _one_segment(turns[0], max_length)
         return _packed(turns, processor.image_token_id, max_length)
     except ValueError as error:
-        way_out = "run_finetune.py leaves such records out with --skip_bad_rows"
-        raise ValueError(f"record {record.get('id')!r}: {error}; {way_out}") from error
+        way_out = "; or leave such records out with skip_bad_rows"
+        raise ValueError(f"record {record.get('id')!r}: {error}{way_out}") from error
 
 
 def encode_or_skip(record: dict, processor, max_length: int | None = None) -> dict[str, list[int]]:
@@ -73,7 +71,7 @@ def encode_or_skip(record: dict, processor, max_length: int | None = None) -> di
     try:
         return encode_record(record, processor, max_length)
     except ValueError as error:
-        logger.warning("left out %s", error)
+        logger.warning("left out record %r: %s", record.get("id"), error.__cause__)
         return {name: [] for name in ("input_ids", "labels", "position_ids", "segment_ids")}
 
 

@@ -7,7 +7,7 @@ other keys are its fields.
 
 import math
 import random
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,24 @@ from .sources_moevlm import SOURCES, Scenes
 PARTS = ("train", "eval", "test")
 NOT_KEYS = ("folder", "place")
 NOT_STORED = ("weight", "stage", "shift", *NOT_KEYS)
+
+
+@dataclass
+class DataArguments:
+    """What is trained on and how much of it."""
+
+    data: str | None = field(default=None, metadata={"help": "Mixture (yaml); configs/data/default.yaml if absent."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a sequence at most; whole turns go."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that encode records."})
+    max_samples: int | None = field(default=None, metadata={"help": "Training records at most."})
+    eval_max_samples: int | None = field(default=512, metadata={"help": "Records to evaluate on while training."})
+    test_max_samples: int | None = field(default=None, metadata={"help": "Test records at most at the end."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Count and report broken rows instead of stopping."})
+
+    def __post_init__(self):
+        for name in ("max_length", "max_samples", "eval_max_samples", "test_max_samples", "preprocessing_num_workers"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name}={number} must be at least 1; null (in a recipe) is no bound")
 
 
 def mixture_parts(path: str | Path) -> list[str]:
@@ -69,7 +87,7 @@ def load_mixture(
             parts.append(_for_training(stored, entry) if part == "train" else stored)
     if not any(isinstance(one, IterableDataset) for one in parts):
         return datasets.concatenate_datasets(parts)
-    parts = [one.to_iterable_dataset() if isinstance(one, Dataset) else one for one in parts]
+    parts = [_as_stream(one) if isinstance(one, Dataset) else one for one in parts]
     if part != "train" and most_of_a_stream is not None:
         parts = [one.take(most_of_a_stream) for one in parts]
     if part != "train" or len(parts) == 1:
@@ -78,6 +96,15 @@ def load_mixture(
     # A stream has no length: weights are the shares in which the sources are drawn, short ones again and again.
     shares = [entry.weight / total for entry in entries]
     return datasets.interleave_datasets(parts, shares, seed=entries[0].seed, stopping_strategy="all_exhausted")
+
+
+def _as_stream(stored: Dataset) -> IterableDataset:
+    """A stored set beside streams: its pictures are decoded here, since behind a stream `datasets` decodes none."""
+
+    def decode(images):
+        return {"images": [records.decoded(image) for image in images]}
+
+    return stored.to_iterable_dataset().map(decode, input_columns="images", features=stored.features)
 
 
 def _stored(entry: Entry, *, grouped: bool, skip: bool) -> Dataset:

@@ -21,13 +21,13 @@ from transformers import logging, set_seed
 
 from moevlm.checkpoints_moevlm import clear, finish, starting_model, starting_point
 from moevlm.collating_moevlm import MoeVlmCollator, encode_or_skip, encode_record, without_skipped
-from moevlm.data_moevlm import load_mixture
+from moevlm.data_moevlm import DataArguments, load_mixture
 from moevlm.evaluation_moevlm import draw_samples, predict, samples_from, score
 from moevlm.memory_moevlm import keep_freed_memory
 from moevlm.recipes_moevlm import parse
 from moevlm.reporting_moevlm import headlines, plot_run, run_numbers, table
 from moevlm.tasks_moevlm import draw
-from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainer, MoeVlmTrainingArguments, adapt
+from moevlm.training_moevlm import ModelArguments, MoeVlmTrainer, MoeVlmTrainingArguments, adapt
 
 ROOT = Path(__file__).resolve().parent
 METRICS = ("cider", "caption_overlap", "vqa_accuracy")

@@ -310,7 +310,8 @@ class Hub(Entry):
         texts = records.answers_in(row[column])
         if task == "caption":
             return [records.caption_unit(place, id, images[0], texts, CAPTION_PROMPT, grouped=grouped)]
-        main = row["answer"] if isinstance(row.get("answer"), str) and row["answer"] else records.most_common(texts)
+        main = row["answer"].strip() if isinstance(row.get("answer"), str) else ""
+        main = main or records.most_common(texts)
         types = (row.get("question_type") or None, row.get("answer_type") or None)
         texts = texts * (10 if len(texts) == 1 else 1)
         asked = Asked(place, id, need(row, "question"), main, texts, *types)

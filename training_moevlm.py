@@ -77,19 +77,6 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """What is trained on and how much of it."""
-
-    data: str | None = field(default=None, metadata={"help": "Mixture (yaml); configs/data/default.yaml if absent."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens of a sequence at most; whole turns go."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that encode records."})
-    max_samples: int | None = field(default=None, metadata={"help": "Training records at most."})
-    eval_max_samples: int | None = field(default=512, metadata={"help": "Records to evaluate on while training."})
-    test_max_samples: int | None = field(default=None, metadata={"help": "Test records at most at the end."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Count and report broken rows instead of stopping."})
-
-
-@dataclass
 class MoeVlmTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the demo's defaults; the same names on both transformers lines."""
 
@@ -137,15 +124,14 @@ class MoeVlmTrainingArguments(TrainingArguments):
         if self.accelerator_config is None:
             # For a stream accelerate would split one batch by rows, but a row may have any number of pictures.
             self.accelerator_config = {"dispatch_batches": False}
-        for name in ("save", "eval"):
+        given = {"save": self.eval_strategy, "eval": self.save_strategy}
+        for name, other in given.items():
             if (steps := getattr(self, f"{name}_steps")) is not None and steps <= 0:
                 raise ValueError(f"{name}_steps={steps} must be above 0; {name}_strategy=no is never")
+            usual = other if steps is None and other in ("steps", "epoch") else "steps"
+            setattr(self, f"{name}_strategy", getattr(self, f"{name}_strategy") or usual)
         self.save_steps = self.save_steps or self.eval_steps or 0.25
         self.eval_steps = self.eval_steps or self.save_steps
-        given = [one for one in (self.eval_strategy, self.save_strategy) if one in ("steps", "epoch")]
-        self.eval_strategy, self.save_strategy = (
-            one or (given or ["steps"])[0] for one in (self.eval_strategy, self.save_strategy)
-        )
         if self.save_strategy not in ("best", self.eval_strategy) or self.eval_strategy == "no":
             self.load_best_model_at_end = False
         if not torch.accelerator.is_available():
@@ -360,6 +346,15 @@ class MoeVlmTrainer(Trainer):
         if self.score_fn is not None and metric_key_prefix == "eval":
             output.metrics.update(self.score_fn(self.accelerator.unwrap_model(self.model)))
         return output
+
+    def _determine_best_metric(self, metrics, trial):
+        """Only what is saved at this step can be the best checkpoint; 4.57 forgets it where the score tells to save."""
+        by_score = self.args.save_strategy == "best"
+        better = (by_score or self.control.should_save) and super()._determine_best_metric(metrics, trial)
+        if better and by_score:
+            self.state.best_global_step = self.state.global_step
+            self.state.best_model_checkpoint = f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}"
+        return better
 
     def log(self, logs, *args, **kwargs):
         scalars, loads = {}, {}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from moevlm import answers_moevlm as answers
 from moevlm import records_moevlm, scenes_moevlm
-from moevlm.data_moevlm import load_mixture, mixture_parts
+from moevlm.data_moevlm import DataArguments, load_mixture, mixture_parts
 from moevlm.dialogues_moevlm import dialogue
 from moevlm.evaluation_moevlm import samples_from
 from moevlm.records_moevlm import Rows
@@ -660,6 +660,15 @@ def test_a_stream_is_scored_once_a_record(tmp_path, parquet):
     assert len(ids) == len(set(ids)) and len(ids) > 15
 
 
+@pytest.mark.parametrize("part", ["train", "eval"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_pictures_are_decoded_in_any_order_of_streams_and_stored_sources(tmp_path, parquet, part, order):
+    entries = [parquet | {"streaming": True}, {"source": "scenes", "size": 5}][::order]
+    found = list(load(tmp_path, *entries, part=part))
+    assert {record["id"].partition("-")[0] for record in found} == {"scene", "table.parquet"}
+    assert all(isinstance(image, Image.Image) for record in found for image in record["images"])
+
+
 def test_records_are_built_once_and_again_when_a_file_or_an_option_changes(tmp_path, captions, builds):
     first = load(tmp_path, captions)
     again = load(tmp_path, captions)
@@ -670,6 +679,12 @@ def test_records_are_built_once_and_again_when_a_file_or_an_option_changes(tmp_p
     assert texts(load(tmp_path, captions | {"prompt": "Say."})[0])[0] == ("user", "<image>Say.")
     load(tmp_path, captions, grouped=True)
     assert len(builds) == 4
+
+
+@pytest.mark.parametrize("name", ["max_samples", "test_max_samples", "max_length"])
+def test_no_record_is_no_bound(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1; null"):
+        DataArguments(**{name: 0})
 
 
 def test_parts_are_listed_and_test_falls_back_to_eval(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from moevlm.configuration_moevlm import MoeVlmConfig
+from moevlm.data_moevlm import DataArguments
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.recipes_moevlm import parse
-from moevlm.training_moevlm import ATTENTION, DataArguments, ModelArguments, MoeVlmTrainingArguments
+from moevlm.training_moevlm import ATTENTION, ModelArguments, MoeVlmTrainingArguments
 
 GROUPS = (ModelArguments, DataArguments, MoeVlmTrainingArguments)
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,9 +9,9 @@ from transformers import AutoProcessor, GPT2Config
 
 import run_finetune
 from moevlm.checkpoints_moevlm import starting_model
-from moevlm.data_moevlm import load_mixture
+from moevlm.data_moevlm import DataArguments, load_mixture
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
-from moevlm.training_moevlm import DataArguments, ModelArguments
+from moevlm.training_moevlm import ModelArguments
 
 TINY = {
     "vision_config": {

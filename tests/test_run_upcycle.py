@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, HfA
 import run_upcycle
 from moevlm import parents_moevlm, proof_moevlm
 from moevlm.carryover_moevlm import read_tokenizer
+from moevlm.data_moevlm import DataArguments
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.parents_moevlm import Shards, open_parent
 from moevlm.planning_moevlm import PlanArguments
 from moevlm.processing_moevlm import train_tokenizer
 from moevlm.recipes_moevlm import parse, read_recipe
-from moevlm.training_moevlm import DataArguments, ModelArguments, MoeVlmTrainingArguments
+from moevlm.training_moevlm import ModelArguments, MoeVlmTrainingArguments
 from moevlm.upcycling_moevlm import Recipe
 
 needs_gguf = pytest.mark.skipif(not find_spec("gguf"), reason="needs the package gguf of requirements-dev.txt")

@@ -112,6 +112,8 @@ def mixed_rows(processor, rows):
         ({"save_strategy": "epoch"}, ("epoch", 0.25, "epoch", 0.25, True)),
         ({"eval_strategy": "epoch"}, ("epoch", 0.25, "epoch", 0.25, True)),
         ({"eval_strategy": "epoch", "save_strategy": "steps"}, ("epoch", 0.25, "steps", 0.25, False)),
+        ({"eval_strategy": "epoch", "save_steps": 5}, ("epoch", 5, "steps", 5, False)),
+        ({"save_strategy": "epoch", "eval_steps": 5}, ("steps", 5, "epoch", 5, False)),
         ({"eval_strategy": "no"}, ("no", 0.25, "steps", 0.25, False)),
         ({"save_strategy": "no"}, ("steps", 0.25, "no", 0.25, False)),
         ({"save_strategy": "best"}, ("steps", 0.25, "best", 0.25, True)),
@@ -647,6 +649,27 @@ def test_the_generated_answers_score_decides_which_checkpoint_is_best(tmp_path, 
     assert trainer.state.best_metric == 90.0 and trainer.state.best_global_step == 8
     assert [entry["eval_score"] for entry in trainer.state.log_history if "eval_score" in entry] == [10.0, 90.0, 20.0]
     assert all(torch.equal(value, seen[1][name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "best"),
+    [
+        ({"save_strategy": "best", "eval_steps": 1}, 4),  # the score tells when to save
+        ({"save_strategy": "steps", "eval_steps": 1, "save_steps": 3}, 6),  # steps 3 and 6 alone are saved
+    ],
+)
+def test_the_best_of_the_saved_checkpoints_is_the_result(tmp_path, processor, rows, settings, best):
+    scores, seen = iter([10.0, 90.0, 20.0, 95.0, 30.0, 70.0]), [None]
+
+    def score_fn(model):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"eval_score": next(scores)}
+
+    args = arguments(tmp_path, max_steps=6, eval_strategy="steps", load_best_model_at_end=True, **settings)
+    trainer = trainer_of(small_model(), rows, processor, args, score_fn=score_fn)
+    trainer.train()
+    assert trainer.state.best_global_step == best
+    assert all(torch.equal(value, seen[best][name]) for name, value in trainer.model.state_dict().items())
 
 
 def test_the_last_step_is_evaluated_and_saved_though_it_is_no_multiple(tmp_path, processor, rows):
