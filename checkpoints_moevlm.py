@@ -25,6 +25,7 @@ from .records_moevlm import read_json
 # What commands write beside a model.
 REPORTS = ("upcycling.json", "downcycling.json")
 REPORTS_OF_RUNS = ("metrics.json", "predictions_*.json", "samples.png", "samples.jsonl", "report.html", "plots/*.png")
+CONFIGS = ("config.json", "adapter_config.json")
 # What config.json holds besides fields, on one line or the other.
 WRITTEN_BESIDE = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 # What 4.57 writes beside rope_parameters, which alone are read.
@@ -54,27 +55,53 @@ def starting_point(args: TrainingArguments, model: str | None = None) -> str | N
         model: The checkpoint whose weights training begins with.
 
     Raises:
-        FileExistsError: A fresh start would destroy an unfinished run, or the checkpoint that it begins with.
-        FileNotFoundError: There is nothing to resume from, or no such folder.
+        FileExistsError: A fresh start would destroy an unfinished run, the checkpoint that it begins with, or another
+            program's model; or `output_dir` has checkpoints that a run would mistake for its own.
+        FileNotFoundError: There is nothing to resume from, no such folder, or one without the optimizer's state.
     """
     wish = str(args.resume_from_checkpoint or "no")
     if wish.lower() in ("no", "false"):
         refuse_to_destroy(args, model)
-        return None
-    if wish.lower() not in ("last", "true"):
-        if not Path(wish).is_dir():
-            raise FileNotFoundError(f"resume_from_checkpoint={wish} is no folder; name a checkpoint-N folder, or last")
-        return wish
-    if (last := last_checkpoint(args.output_dir)) is None:
+        start = None
+    elif wish.lower() not in ("last", "true"):
+        start = wish
+    elif (start := last_checkpoint(args.output_dir)) is None:
         raise FileNotFoundError(
             f"resume_from_checkpoint={wish}, but output_dir={args.output_dir} has no whole checkpoint; "
             "drop the flag to start anew"
         )
-    return last
+    if start:
+        refuse_to_resume(args, Path(start))
+    named = set(Path(args.output_dir).glob("checkpoint-[0-9]*")) - set(checkpoint_folders(args.output_dir))
+    if named and args.save_total_limit:
+        raise FileExistsError(
+            f"{named.pop()} would be deleted by save_total_limit={args.save_total_limit}, which takes it for a "
+            "checkpoint of the run; give it another name"
+        )
+    return start
+
+
+def refuse_to_resume(args: TrainingArguments, start: Path) -> None:
+    """Raise where a run cannot go on from a folder; errors as in `starting_point`."""
+    if not start.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint={start} is no folder; name a checkpoint-N folder, or last")
+    optimizer = [*start.glob("optimizer*"), *start.glob("global_step*")]  # the second is DeepSpeed's
+    if not optimizer or not (start / "trainer_state.json").exists():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={start} has no state of optimizer and run to go on with; name a checkpoint-N "
+            "folder that has, or begin anew at its weights with --model_name_or_path"
+        )
+    *earlier, newest = checkpoints(args.output_dir) or [start]
+    if start.resolve() in [path.resolve() for path in earlier]:
+        raise FileExistsError(
+            f"{newest} is later than resume_from_checkpoint={start} and would be taken for the last one of the run "
+            "that goes on; move it out of output_dir, or choose another output_dir"
+        )
 
 
 def refuse_to_destroy(args: TrainingArguments, model: str | None) -> None:
-    """Raise where the checkpoints in `output_dir` are still needed; errors as in `starting_point`."""
+    """Raise where what is in `output_dir` is still needed; errors as in `starting_point`."""
+    target = Path(args.output_dir)
     saved = checkpoint_folders(args.output_dir)
     if model and any(Path(model).resolve().is_relative_to(path.resolve()) for path in saved):
         raise FileExistsError(
@@ -86,7 +113,15 @@ def refuse_to_destroy(args: TrainingArguments, model: str | None) -> None:
             f"output_dir={args.output_dir} holds the model that training begins with; choose another output_dir, or "
             "let the result replace it with --overwrite_output_dir"
         )
-    finished = Path(args.output_dir, "metrics.json")
+    models = [folder for folder in (target, *saved) if any((folder / name).exists() for name in CONFIGS)]
+    if not all(map(holds_our_model, models)):
+        raise FileExistsError(f"output_dir={target} holds another program's model; choose another output_dir")
+    if not saved and not args.overwrite_output_dir and any((target / name).exists() for name in REPORTS):
+        raise FileExistsError(
+            f"output_dir={target} holds a model that run_upcycle.py made; choose another output_dir, or replace it "
+            "with --overwrite_output_dir"
+        )
+    finished = target / "metrics.json"
     states = [path / "trainer_state.json" for path in checkpoints(args.output_dir)]
     newest = max((path.stat().st_mtime for path in states), default=0.0)
     if states and not args.overwrite_output_dir and not (finished.exists() and finished.stat().st_mtime >= newest):
@@ -194,7 +229,7 @@ def move_into(incoming: Path, target: Path) -> None:
     # Pickled arguments name our training classes; nobody needs them to use the model.
     for pickled in incoming.rglob("training_args.bin"):
         pickled.unlink()
-    for pattern in REPORTS_OF_RUNS:  # on the older model
+    for pattern in (*REPORTS, *REPORTS_OF_RUNS):  # on the older model
         for report in target.glob(pattern):
             report.unlink()
     new = sorted(path for path in incoming.rglob("*") if path.is_file())

@@ -43,7 +43,8 @@ def checkpoint(folder, step, whole=True):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     if whole:
-        (path / "trainer_state.json").write_text("{}")
+        for name in ("trainer_state.json", "optimizer.pt"):
+            (path / name).write_text("{}")
     return str(path)
 
 
@@ -64,6 +65,45 @@ def test_a_named_checkpoint_is_taken_as_it_is_if_it_is_there(tmp_path):
     assert starting_point(arguments(tmp_path / "new", resume_from_checkpoint=whole)) == whole
     with pytest.raises(FileNotFoundError, match="resume_from_checkpoint=gone/checkpoint-3 is no folder; name"):
         starting_point(arguments(tmp_path, resume_from_checkpoint="gone/checkpoint-3"))
+
+
+@pytest.mark.parametrize("missing", ["trainer_state.json", "optimizer.pt"])
+def test_a_folder_without_the_state_of_optimizer_and_run_is_nothing_to_go_on_from(tmp_path, missing):
+    path = checkpoint(tmp_path, 3)
+    Path(path, missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{path} has no state of optimizer and run .*--model_name_or_path"):
+        starting_point(arguments(tmp_path, resume_from_checkpoint=path))
+
+
+def test_going_back_beside_later_checkpoints_is_refused(tmp_path):
+    first, last = checkpoint(tmp_path, 3), checkpoint(tmp_path, 12)
+    with pytest.raises(FileExistsError, match="checkpoint-12 is later than resume_from_checkpoint=.*checkpoint-3 and"):
+        starting_point(arguments(tmp_path, resume_from_checkpoint=first))
+    assert starting_point(arguments(tmp_path, resume_from_checkpoint=last)) == last
+    assert starting_point(arguments(tmp_path / "new", resume_from_checkpoint=first)) == first
+
+
+def test_a_folder_named_like_a_checkpoint_is_not_left_to_the_limit(tmp_path):
+    (tmp_path / "checkpoint-3-best").mkdir()
+    with pytest.raises(FileExistsError, match="checkpoint-3-best would be deleted by save_total_limit=2"):
+        starting_point(arguments(tmp_path))
+    assert starting_point(arguments(tmp_path, save_total_limit=None)) is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", [".", "checkpoint-7"])
+def test_a_run_does_not_replace_another_program_s_model(tmp_path, place, overwrite):
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileExistsError, match="holds another program's model; choose another output_dir"):
+        starting_point(arguments(tmp_path, overwrite_output_dir=overwrite))
+
+
+def test_a_run_replaces_a_model_that_no_run_made_only_if_told(tmp_path):
+    (tmp_path / "upcycling.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds a model that run_upcycle.py made; .*--overwrite_output_dir"):
+        starting_point(arguments(tmp_path))
+    assert starting_point(arguments(tmp_path, overwrite_output_dir=True)) is None
 
 
 def test_resuming_from_nothing_says_so(tmp_path):
@@ -330,7 +370,10 @@ def test_another_program_s_run_is_not_replaced(files, tmp_path):
     written(target, {"thesis.tex": "years"})
     with pytest.raises(FileExistsError, match="no model of ours"):
         replace(target)
-    assert content(saved) == files | {"trainer_state.json": "{}"} and (target / "thesis.tex").exists()
+    assert (
+        content(saved) == files | {"trainer_state.json": "{}", "optimizer.pt": "{}"}
+        and (target / "thesis.tex").exists()
+    )
 
 
 @pytest.mark.parametrize("name", ["upcycling.json", "downcycling.json"])
@@ -375,5 +418,5 @@ def test_only_numbered_checkpoints_are_a_run_s(name, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "trainer_state.json").write_text("{}")
     assert last_checkpoint(str(tmp_path)) is None
-    assert starting_point(arguments(tmp_path)) is None
+    assert starting_point(arguments(tmp_path, save_total_limit=None)) is None
     assert (tmp_path / name).exists()
