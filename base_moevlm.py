@@ -82,6 +82,8 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
     arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
     direct = takes_direct_mask(config, attention_mask)
     if segment_ids is not None:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+            raise ValueError("segment_ids are not read beside a 4-D attention_mask; pass a 2-D one, or none")
         if "flash" in config._attn_implementation and segment_ids.any():
             raise ValueError(
                 f"attn_implementation={config._attn_implementation} knows no segments, so that packed questions would "

@@ -271,8 +271,9 @@ class MoeVlmTextConfig(SparseConfig):
         if {**kwargs, **rope}.get("partial_rotary_factor", 1) != 1:
             raise ValueError("partial_rotary_factor must be 1: positions turn whole heads; leave it out")
         # 4.57 reads the two attributes, 5.x the dict (and would warn about the attributes).
-        kwargs.pop("rope_theta", None)
-        kwargs.pop("rope_scaling", None)
+        mirrors = {name: kwargs.pop(name, None) for name in ("rope_theta", "rope_scaling")}
+        if rope_parameters is None and any(mirrors.values()):
+            raise ValueError(f"{mirrors} are read from rope_parameters alone; write them in there")
         if not hasattr(PretrainedConfig, "rope_scaling"):  # transformers 4
             self.rope_theta = rope["rope_theta"]
             self.rope_scaling = None if rope["rope_type"] == "default" else rope

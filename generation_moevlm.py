@@ -72,7 +72,7 @@ class MoeVlmGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat each row for beams or samples, and the pictures of each row with it, in the row's order."""
         pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
+        if pixel_values is not None and len(pixel_values) and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             positions = self.model.image_positions(input_ids if embeds is None else None, embeds).sum(1)  # (B,)
             each = int(positions.sum()) // len(pixel_values)

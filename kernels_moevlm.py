@@ -267,7 +267,7 @@ def one_call_pays(rows, counts, gate_up, down):
     It does for few rows an expert. Many are better kept in the caches between their two products, and a single one is
     better multiplied as a vector where that has a fast form.
     """
-    fits = gate_up.shape[2] * rows.element_size() % 16 == 0 and down.shape[2] * rows.element_size() % 16 == 0
+    fits = rows.dtype != torch.float64 and all(side.shape[2] * rows.itemsize % 16 == 0 for side in (gate_up, down))
     if not (hasattr(F, "grouped_mm") and rows.device.type == "cpu" and rows.dtype == gate_up.dtype and fits):
         return False
     hit = len(counts) - counts.count(0)

@@ -9,9 +9,10 @@ import base64
 import json
 import os
 from collections.abc import Iterable
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class MoeVlmProcessor(ProcessorMixin):
                 picture is a PIL image of any mode and size, a path, an http(s) URL, a data URI, base64 or an array.
             text: One string or a list of them, with one `image_token` for each picture.
             **kwargs: Options of the tokenizer and the image processor (`padding`, `padding_side`, `return_tensors`, …)
-                and `return_mm_token_type_ids`: 1 at image tokens. A start token that is written gets no second one.
+                and `return_mm_token_type_ids`: 1 at image tokens. Texts that all have a start token get no other.
 
         Returns:
             `input_ids` and `attention_mask` (texts, length); with pictures also `pixel_values` (pictures, 3, H, W),
@@ -339,13 +340,13 @@ def open_image(source) -> Image.Image:
         raise ValueError(f"an image is a {type(source).__name__}; pass a PIL image, a path, a URL or an array")
     try:
         if str(source).startswith(("http://", "https://")):
-            with urlopen(source, timeout=30) as response:
+            with urlopen(Request(source, headers={"User-Agent": "MoeVlm"}), timeout=30) as response:
                 return Image.open(BytesIO(response.read()))
         if isinstance(source, Path) or os.path.isfile(source) or "." in source[-5:]:  # base64 has no dots
             return Image.open(source)
         encoded = source.partition("base64,")[2] if source.startswith("data:image/") else source
         return Image.open(BytesIO(base64.b64decode("".join(encoded.split()), validate=True)))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, HTTPException, Image.DecompressionBombError) as error:
         raise ValueError(f"image {str(source)[:100]!r} is no picture file, URL or base64 text: {error}") from error
 
 

@@ -73,6 +73,7 @@ def test_mlp_layer_types_win_over_the_rule():
         (MoeVlmTextConfig, {"mlp_layer_types": ["dense"]}, "mlp_layer_types has 1 entries for num_hidden_layers=3"),
         (MoeVlmTextConfig, {"mlp_layer_types": ["dense", "moe", "dense"]}, r"mlp_layer_types holds \['moe'\]"),
         (MoeVlmTextConfig, {"rope_parameters": {"rope_type": "default"}}, "must have both rope_type and rope_theta"),
+        (MoeVlmTextConfig, {"rope_theta": 1e6}, "'rope_theta': 1000000.0, .* are read from rope_parameters alone"),
         (
             MoeVlmTextConfig,
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},

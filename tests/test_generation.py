@@ -166,6 +166,12 @@ def test_beams_of_pictures_of_another_size(model):
         generated(model, input_ids=row(14), pixel_values=pixels[..., :32, :32], num_beams=2)
 
 
+def test_beams_of_no_picture_are_those_of_text(model):
+    ids = row(14)
+    without = generated(model, input_ids=ids, num_beams=2)
+    assert torch.equal(generated(model, input_ids=ids, pixel_values=torch.randn(0, 3, 32, 32), num_beams=2), without)
+
+
 def test_beams_keep_each_rows_pictures(model):
     rows, pixels = prompts()
     together = generated(model, **left_padded(rows), pixel_values=pixels, num_beams=3, num_return_sequences=2)

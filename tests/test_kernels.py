@@ -134,6 +134,14 @@ def test_other_activations_have_their_own_gradient(form, name):
     assert_same(outputs_and_gradients(FORMS[form], inputs, act), expected, **FLOAT32)
 
 
+@pytest.mark.parametrize("form", ["eager", "grouped", "decode", "batched", "dense"])
+def test_double_precision_is_taken_with_and_without_gradients(form, monkeypatch):
+    monkeypatch.setattr(kernels, "this_cpu", lambda: kernels.Cpu(False, True))
+    inputs = visits(9, torch.float64)
+    expected = outputs_and_gradients(dumb_experts, inputs)
+    assert_same(outputs_and_gradients(FORMS[form], inputs), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_frozen_parts_get_no_gradient_and_the_others_theirs():
     inputs = visits(9)
     expected = outputs_and_gradients(kernels.eager_experts, inputs)

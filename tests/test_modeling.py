@@ -288,6 +288,14 @@ def test_segments_really_hide_the_other_turn(tiny):
     assert (hidden[:, 13:] - seen[:, 13:]).abs().max() > 1e-2
 
 
+def test_segments_are_refused_beside_a_mask_that_is_ready(tiny):
+    packed = packed_turns()[0]
+    length = packed["input_ids"].shape[1]
+    mask = torch.zeros(1, 1, length, length)
+    with pytest.raises(ValueError, match="segment_ids are not read beside a 4-D attention_mask; pass a 2-D one"):
+        tiny(pixel_values=pictures(1), **packed | {"attention_mask": mask})
+
+
 def test_segments_are_refused_beside_a_cache_that_holds_or_reserves_tokens(tiny):
     packed, pixels = packed_turns()[0], pictures(1)
     static = StaticCache(config=tiny.config.text_config, max_cache_len=32)

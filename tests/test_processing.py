@@ -4,6 +4,7 @@
 import base64
 import json
 import logging
+from http.client import HTTPException
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from moevlm import processing_moevlm
 from moevlm.processing_moevlm import MoeVlmProcessor, build_processor, open_image, to_rgb, train_tokenizer
 
 TEXTS = ["What is the color of the circle?", "a red square left of 12 blue circles.", "Is it green? yes", "no"] * 10
@@ -365,6 +367,17 @@ def test_arrays_count_as_pictures(processor):
 @pytest.mark.parametrize("mask", [np.eye(8, dtype=bool), torch.eye(8, dtype=torch.bfloat16, requires_grad=True)])
 def test_masks_and_tensors_of_any_type_count_as_pictures(mask):
     assert np.array_equal(np.array(open_image(mask)), np.eye(8, dtype=np.uint8) * 255)
+
+
+@pytest.mark.parametrize("error", [HTTPException("cut off"), OSError("refused"), ValueError("unknown")])
+def test_a_url_that_gives_no_picture_is_named(monkeypatch, error):
+    def fail(request, timeout):
+        assert request.get_header("User-agent") == "MoeVlm"
+        raise error
+
+    monkeypatch.setattr(processing_moevlm, "urlopen", fail)
+    with pytest.raises(ValueError, match=f"http://a/b.png' is no picture file, URL or base64 text: {error}"):
+        open_image("http://a/b.png")
 
 
 def test_a_picture_too_large_to_open_is_named(tmp_path, monkeypatch):
