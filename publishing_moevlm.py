@@ -237,8 +237,10 @@ def _training_data(facts: CardFacts) -> str:
     text = _rows(["Source", "What it is", "Settings"], rows)
     run = (facts.metrics or {}).get("training")
     if run:
+        # Of a run that was resumed, seconds and mean loss are those of its last part.
         loss = f"mean loss {run['train_loss']:.4g}"
-        text += f"\n\n{run['steps']:,} optimizer steps in {run['train_seconds']:,.0f} s; {loss}."
+        numbers = "" if run.get("resumed_from") else f" in {run['train_seconds']:,.0f} s; {loss}"
+        text += f"\n\n{run['steps']:,} optimizer steps{numbers}."
     return text
 
 

@@ -77,7 +77,7 @@ def main():
         draw_samples(test_samples, predictions, f"{args.output_dir}/samples.png")
         plot_run(trainer.state.log_history, f"{args.output_dir}/plots")
         run = {"data": str(Path(data_args.data).resolve()), "seed": args.seed, "epochs": args.num_train_epochs}
-        run |= run_numbers(trainer.state, training.metrics, model)
+        run |= {"resumed_from": checkpoint} | run_numbers(trainer.state, training.metrics, model)
         numbers = {**results, "blind": floor, "training": run}
         Path(args.output_dir, "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
         print(

@@ -253,7 +253,9 @@ def test_the_card_holds_every_score_with_interval_size_and_what_blindness_gives(
     card = render_card(TEMPLATE, FACTS)
     assert "| questions | vqa_accuracy | **98.25** | 97 .. 99 | 1,200 | 31.5 |" in card
     assert "VQA accuracy by answer type: colour 99, count 91." in card
-    assert "| scenes | drawn pictures" in card and "600 optimizer steps in 88 s" in card
+    assert "| scenes | drawn pictures" in card and "600 optimizer steps in 88 s; mean loss 0.125." in card
+    resumed = METRICS | {"training": METRICS["training"] | {"resumed_from": "outputs/mine/checkpoint-300"}}
+    assert "600 optimizer steps.\n" in render_card(TEMPLATE, FACTS._replace(metrics=resumed))
     assert 'name, revision = "acme/tiny", "main"' in card and "# tiny\n" in card
 
 
