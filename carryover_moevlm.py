@@ -41,8 +41,10 @@ def read_tokenizer(parent: Parent, source: str | None = None):
             f"{source or parent.source} has no tokenizer that loads ({type(error).__name__}: {error}); "
             "give one with --tokenizer"
         ) from error
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.padding_side = "left"  # for generation, as our own
+    # On the left, for generation, as our own. Saved are names of `init_kwargs`, not what is set on the tokenizer alone.
+    for name, value in {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}.items():
+        setattr(tokenizer, name, value)
+        tokenizer.init_kwargs[name] = value
     if places:
         repair_gguf_tokenizer(tokenizer, parent)
     if tokenizer.pad_token_id is None:

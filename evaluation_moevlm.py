@@ -197,6 +197,7 @@ def _answer(
     inputs = {name: value.to(model.device, dtypes[name]) for name, value in inputs.items()}
     # None silences a checkpoint's sampling settings, which greedy decoding would warn about.
     settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    settings["repetition_penalty"] = 1.0  # one that a checkpoint brings is a penalty on words of the question too
     if model.generation_config.eos_token_id is None:
         settings["eos_token_id"] = tokenizer.eos_token_id
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -167,6 +167,7 @@ def test_a_task_without_a_limit_of_its_own_takes_the_one_for_all(processor):
     model = Parrot(processor.tokenizer)
     predict(model, processor, samples, batch_size=1, max_new_tokens=7)
     assert model.calls[0]["max_new_tokens"] == 7
+    assert {call["repetition_penalty"] for call in model.calls} == {1.0}  # whatever the checkpoint brings
 
 
 def test_questions_without_pictures_are_answered_too(processor):

@@ -201,6 +201,19 @@ def test_a_tokenizer_that_transformers_5_saved_is_read_on_both_lines(remote, hub
     assert "[x]" in ours.all_special_tokens
 
 
+def test_padding_on_the_left_is_saved_though_the_parent_s_file_has_no_word_of_it(parents, tmp_path, command):
+    folder = copied(parents / "text", tmp_path / "text")
+    fields = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("padding_side", "model_input_names"):
+        fields.pop(name, None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    made = command("--text", folder, "--vision", parents / "vision", "--skip_proof")
+    made = AutoProcessor.from_pretrained(made)
+    batch = made(text=["a", "a red circle"], padding=True)
+    assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
 def test_a_bin_file_of_the_old_form_is_read(tmp_path):
     weights = {"a.weight": torch.randn(3)}
     torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
