@@ -60,11 +60,10 @@ def read_tokenizer(parents: Mapping[str, Parent], source: str | None = None):
         tokenizer.chat_template = "{%- set enable_thinking = false -%}" + tokenizer.chat_template
         parent.notes.append("the chat template is set to enable_thinking=false: answers are given without a thought")
     if tokenizer.chat_template is None:
-        wanted += [token for token in SPECIAL_TOKENS if token.startswith("<|") and token != "<|pad|>"]
-        parent.notes.append(f"no chat template found: ours is taken, with the tokens {', '.join(wanted[1:])}")
+        wanted = SPECIAL_TOKENS[1:]  # without the one for padding
+        parent.notes.append(f"no chat template found: ours is taken, with the tokens {', '.join(wanted[:-1])}")
     lacking = [token for token in wanted if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
-    added = [AddedToken(token, special=True, normalized=False) for token in lacking]
-    tokenizer.add_tokens(added, special_tokens=True)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in lacking], special_tokens=True)
     return tokenizer
 
 

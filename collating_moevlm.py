@@ -62,8 +62,7 @@ def encode_record(record: dict, processor, max_length: int | None = None) -> dic
             return _one_segment(turns[0], max_length)
         return _packed(turns, processor.image_token_id, max_length)
     except ValueError as error:
-        way_out = "; or leave such records out with skip_bad_rows"
-        raise ValueError(f"record {record.get('id')!r}: {error}{way_out}") from error
+        raise ValueError(f"record {record.get('id')!r}: {error}; or leave such out with skip_bad_rows") from error
 
 
 def encode_or_skip(record: dict, processor, max_length: int | None = None) -> dict[str, list[int]]:

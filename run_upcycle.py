@@ -51,7 +51,7 @@ def main():
 
 def upcycle():
     args, recipe = parse((UpcycleArguments, upcycling.Recipe), sys.argv[1:])
-    sources = [*args.roles.values(), *([args.tokenizer] if args.tokenizer else [])]
+    sources = filter(None, [*args.roles.values(), args.tokenizer])
     with whole_folder(args.output_dir, args.overwrite_output_dir, sources) as folder:
         parents = open_parents(args.roles)
         main_parent = parents.get("whole") or parents["text"]

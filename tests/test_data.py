@@ -693,6 +693,9 @@ def test_parts_are_listed_and_test_falls_back_to_eval(tmp_path):
     assert set(load_mixture(path, "test", grouped=True)["id"]) == {"scene-eval-0-0", "scene-eval-0-1"}
     with pytest.raises(ValueError, match="unknown 'valid'.*; known: train, eval, test"):
         load_mixture(path, "valid", grouped=True)
+    path.write_text("train: [{source: scenes, size: 1}]")
+    with pytest.raises(ValueError, match="has no part 'eval', only train; add `eval:`"):
+        load_mixture(path, "test", grouped=True)
 
 
 @pytest.mark.parametrize("name", ["default", "easy_vqa", "scenes"])
