@@ -148,7 +148,7 @@ class MoeVlmPreTrainedModel(PreTrainedModel):
     config_class = MoeVlmConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MoeVlmDecoderLayer", "MoeVlmVisionLayer"]
+    _no_split_modules = ["MoeVlmConnector", "MoeVlmDecoderLayer", "MoeVlmVisionEmbeddings", "MoeVlmVisionLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True

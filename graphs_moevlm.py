@@ -43,7 +43,9 @@ def sum_over_experts(outputs, experts, weights):
     """What every expert made of every token, `(E, N, D)`, weighted by 0 where it was not chosen: `(N, D)`."""
     num_experts, count, _ = outputs.shape
     shares = weights.new_zeros(count, num_experts + 1).scatter_add(1, experts, weights)[:, :num_experts]
-    return (outputs * shares.t().unsqueeze(-1)).sum(0)
+    shares = shares.t().unsqueeze(-1)  # (E, N, 1)
+    # What overflowed in an expert that was not chosen (float16) must not become 0 times infinity.
+    return (outputs.masked_fill(shares == 0, 0.0) * shares).sum(0)
 
 
 def fits_grouped_mm(tokens, gate_up, dtypes=(torch.bfloat16,)):

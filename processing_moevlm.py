@@ -237,9 +237,8 @@ def build_processor(config, tokenizer) -> MoeVlmProcessor:
     """
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    template = CHAT_TEMPLATE if tokenizer.chat_template is None else template_for_parts(tokenizer.get_chat_template())
-    # Both are saved into one file: a tokenizer that is loaded alone shall render the same chats.
-    tokenizer.chat_template = template
+    template = CHAT_TEMPLATE if tokenizer.chat_template is None else template_for_parts(tokenizer)
+    tokenizer.chat_template = template  # saved with the processor's: loaded alone it shall render the same chats
     size = config.vision_config.image_size
     image_processor = SiglipImageProcessor(
         size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
@@ -247,11 +246,12 @@ def build_processor(config, tokenizer) -> MoeVlmProcessor:
     return MoeVlmProcessor(image_processor, tokenizer, chat_template=template, image_seq_length=config.image_seq_length)
 
 
-def template_for_parts(template: str) -> str:
-    """The chat template itself if it takes pictures and texts as parts, else one that makes strings of them first."""
+def template_for_parts(tokenizer) -> str:
+    """Its chat template if that takes pictures and texts as parts, else one that makes strings of them first."""
+    template = tokenizer.get_chat_template()
     probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}]
     try:
-        (rendered,), _ = render_jinja_template([probe], chat_template=template)
+        (rendered,), _ = render_jinja_template([probe], chat_template=template, **tokenizer.special_tokens_map)
     except Exception:  # a template may fail in any way on a list where it wants a string
         rendered = ""
     whole = "probe" in rendered and "type" not in rendered and rendered.count(IMAGE_TOKEN) == 1

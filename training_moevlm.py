@@ -294,6 +294,8 @@ class MoeVlmTrainer(Trainer):
         return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # a finished run, resumed: transformers would take one step more
         batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
         counted = labels is not None and all("input_ids" in one for one in batches)
         # Several GPUs in one process would split the two numbers like rows; ranks are those that share the labels' sum.

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
@@ -120,6 +121,16 @@ def test_modules_that_must_not_be_split_exist(tiny):
     names = {type(module).__name__ for module in tiny.modules()}
     assert set(tiny._no_split_modules) <= names
     assert set(tiny.model._no_split_modules) <= names
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
+def test_a_device_map_splits_no_layer_nor_what_adds_or_joins_the_results_of_its_parts(tiny, share):
+    size = sum(value.nbytes for value in tiny.state_dict().values())
+    room = {0: int(share * size), 1: int(share * size), "cpu": size}
+    places = infer_auto_device_map(tiny, max_memory=room, no_split_module_classes=tiny._no_split_modules)
+    assert len(set(places.values())) > 1
+    for name in ("vision_tower.embeddings", "vision_tower.layers.0", "connector", "language_model.layers.0"):
+        assert not any(place.startswith(f"model.{name}.") for place in places), name
 
 
 def test_the_children_have_the_names_that_engines_look_for(tiny):

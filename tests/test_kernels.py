@@ -120,6 +120,15 @@ def test_an_expert_that_nobody_visits_gets_a_gradient_of_zeros(form):
         assert torch.count_nonzero(grad[:4].flatten(1).sum(1)) == 4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_what_overflows_in_an_expert_that_nobody_visits_harms_no_token(form):
+    routed = visits(7, torch.bfloat16 if form == "grouped_mm" else torch.float32)
+    routed[3][4], routed[4][4] = 1e30, 1e30
+    expected = dumb_experts(*routed, F.silu)
+    torch.testing.assert_close(FORMS[form](*routed, F.silu), expected, **TOLERANCES[expected.dtype])
+
+
 @pytest.mark.parametrize("form", ["grouped", "operator"])
 def test_a_token_that_visits_one_expert_twice_counts_both(form):
     inputs = visits(3, experts=torch.tensor([[1, 1], [0, 1], [2, 2]]))

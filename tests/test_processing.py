@@ -17,7 +17,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from moevlm import processing_moevlm
-from moevlm.processing_moevlm import MoeVlmProcessor, build_processor, open_image, to_rgb, train_tokenizer
+from moevlm.processing_moevlm import (
+    CHAT_TEMPLATE,
+    MoeVlmProcessor,
+    build_processor,
+    open_image,
+    to_rgb,
+    train_tokenizer,
+)
 
 TEXTS = ["What is the color of the circle?", "a red square left of 12 blue circles.", "Is it green? yes", "no"] * 10
 SIZE, LENGTH = 8, 3
@@ -472,6 +479,13 @@ def test_a_template_that_takes_parts_is_left_alone():
     assert build_processor(CONFIG, tokenizer).chat_template == template
     again = build_processor(CONFIG, parent_tokenizer())
     assert build_processor(CONFIG, again.tokenizer).chat_template == again.chat_template
+
+
+def test_a_template_that_begins_with_the_start_token_is_asked_with_it():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = "{{ bos_token + 'Chat: ' }}" + tokenizer.chat_template
+    assert build_processor(CONFIG, tokenizer).chat_template == "{{ bos_token + 'Chat: ' }}" + CHAT_TEMPLATE
 
 
 def test_a_tokenizer_without_the_image_token_is_refused(processor):

@@ -760,6 +760,21 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path):
         assert torch.equal(value, straight.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("steps", [8, 10], ids=["at the end of an epoch", "within one"])
+def test_a_finished_run_that_is_resumed_learns_nothing_more(tmp_path, processor, rows, steps):
+    def run(checkpoint=None):
+        settings = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
+        trainer = trainer_of(small_model(), rows, processor, arguments(tmp_path, max_steps=steps, **settings))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    finished = run()
+    resumed = run(str(tmp_path / f"checkpoint-{steps}"))
+    assert resumed.state.global_step == steps
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, finished.model.state_dict()[name]), name
+
+
 # LoRA
 
 
