@@ -35,7 +35,9 @@ class MoeVlmGenerationMixin(GenerationMixin):
         return processors
 
     # generate() takes inputs_embeds only where they are named here.
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, pixel_values=None, inputs_embeds=None, image_mask=None, **kwargs
+    ):
         """As in transformers, with the pictures that the cache does not hold yet."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         step = inputs.get("input_ids")
@@ -43,6 +45,7 @@ class MoeVlmGenerationMixin(GenerationMixin):
             cache = kwargs.get("past_key_values")
             pixel_values = self.pictures_of_step(pixel_values, input_ids, step, cache)
         inputs["pixel_values"] = pixel_values
+        inputs["image_mask"] = image_mask if step is None else None  # it is about the embeddings
         return inputs
 
     def pictures_of_step(self, pixel_values, input_ids, step, cache):

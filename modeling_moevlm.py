@@ -487,6 +487,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         segment_ids=None,
+        image_mask=None,
         output_router_logits=None,
         num_experts_per_tok=None,
         **kwargs,
@@ -498,6 +499,8 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             pixel_values: `(I, C, H, W)`, all pictures of the batch in order of appearance; I = 0 is as None.
             segment_ids: `(B, S)`: tokens of one row that see segment 0 and their own segment only (several questions
                 about one picture in one row).
+            image_mask: `(B, S)` bool, where `inputs_embeds` hold image tokens that were merged before, such as those of
+                [`get_image_features`] for several questions; those of `pixel_values` are found without it.
             output_router_logits: Whether to return `router_logits`, `router_indices` and `router_choices`.
             num_experts_per_tok: K of this call in tower, connector and decoder, instead of each config's: a dial
                 between speed and quality on any checkpoint.
@@ -510,11 +513,15 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        encoded = image_mask = None
+        if image_mask is not None and image_mask.shape != inputs_embeds.shape[:2]:
+            expected = tuple(inputs_embeds.shape[:2])
+            raise ValueError(f"image_mask is {tuple(image_mask.shape)}; give one value for each token, {expected}")
+        encoded = None
         if pixel_values is not None and len(pixel_values):
             encoded = self.encode_images(pixel_values, output_router_logits, num_experts_per_tok)
-            image_mask = self.image_positions(input_ids, inputs_embeds)
-            inputs_embeds = self.merge(inputs_embeds, image_mask, encoded.tokens)
+            positions = self.image_positions(input_ids, inputs_embeds)
+            inputs_embeds = self.merge(inputs_embeds, positions, encoded.tokens)
+            image_mask = positions if image_mask is None else image_mask | positions
         else:
             self.refuse_placeholders(input_ids)
             if self.training or self.is_sharded():
@@ -636,7 +643,7 @@ class MoeVlmForConditionalGeneration(MoeVlmPreTrainedModel, MoeVlmGenerationMixi
 
         Args:
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                segment_ids, num_experts_per_tok: As in [`MoeVlmModel.forward`].
+                segment_ids, num_experts_per_tok, image_mask (in `kwargs`): As in [`MoeVlmModel.forward`].
             labels: `(B, S)` token ids, -100 where nothing is to be learnt; shifted inside.
             output_router_logits: Whether to return router logits and, without labels too, the router losses.
             logits_to_keep: 0 for logits of all positions, n for the last n, or a tensor of positions.

@@ -116,10 +116,8 @@ class MoeVlmTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("output_dir is missing: name the folder for the result, such as --output_dir outputs/mine")
-        if not 0 <= self.router_bias_update_rate < 1:
-            raise ValueError(
-                f"router_bias_update_rate={self.router_bias_update_rate} must be in [0, 1); 0 leaves the biases alone"
-            )
+        if not 0 <= (rate := self.router_bias_update_rate) < 1:
+            raise ValueError(f"router_bias_update_rate={rate} must be in [0, 1); 0 leaves the biases alone")
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if self.accelerator_config is None:
             # For a stream accelerate would split one batch by rows, but a row may have any number of pictures.
@@ -271,6 +269,13 @@ class MoeVlmTrainer(Trainer):
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(parameter_groups(model, self.args), **settings)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            hint = "resume with the run's own freeze_*, train_only, lora and *_lr, or begin at it as model_name_or_path"
+            raise ValueError(f"the optimizer's state in {checkpoint} does not fit ({error}); {hint}") from error
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

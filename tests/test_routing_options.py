@@ -439,6 +439,29 @@ def test_pictures_given_as_embeddings_are_image_tokens_too(batch):
     assert torch.equal(model(inputs_embeds=embeds, **batch).logits, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_pictures_merged_before_are_image_tokens_where_a_mask_says_so(batch, options):
+    model = model_of(**MODALITIES)
+    labels, ids, pixels = batch.pop("labels"), batch["input_ids"], batch["pixel_values"]
+    image_mask, embeds = ids == IMAGE_TOKEN, model.get_input_embeddings()(ids)
+    merged = model.model.merge(embeds, image_mask, model.model.encode_images(pixels).tokens)
+    known = {"inputs_embeds": merged, "image_mask": image_mask}
+    second = torch.tensor([[False], [True]])  # this row's picture is still to be merged
+    half = {"inputs_embeds": torch.where(second.unsqueeze(-1), embeds, merged), "image_mask": image_mask & ~second}
+    expected = model(**batch, labels=labels)
+    for inputs in (known, half | {"pixel_values": pixels[1:]}):
+        found = model(**inputs, labels=labels)
+        torch.testing.assert_close(found.logits, expected.logits)
+        assert all(map(torch.equal, found.expert_load_image[-2:], expected.expert_load_image[-2:]))
+    assert not torch.equal(model(inputs_embeds=merged).logits, expected.logits)
+    options = {**options, "do_sample": False, "max_new_tokens": 5}
+    expected = model.generate(**batch, **options)[:, ids.shape[1] :]
+    assert torch.equal(model.generate(**known, **options), expected)
+    with pytest.raises(ValueError, match=r"image_mask is \(2, 3\); give one value for each token, \(2, 24\)"):
+        model(inputs_embeds=merged[:2], image_mask=image_mask[:2, :3])
+
+
 def test_every_gradient_under_a_modality_mask_is_finite(batch):
     model = model_of(**MODALITIES, router_local_entropy_coef=0.1, router_global_entropy_coef=0.1).train()
     model(**batch).loss.backward()

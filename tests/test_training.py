@@ -741,8 +741,8 @@ def run_parts():
     return processor, [row_of(processor, name, COLOURS[name], number) for number in range(4) for name in COLOURS]
 
 
-def resumable(folder):
-    return arguments(folder, max_steps=10, save_strategy="steps", save_steps=3)
+def resumable(folder, **settings):
+    return arguments(folder, max_steps=10, save_strategy="steps", save_steps=3, **settings)
 
 
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path):
@@ -758,6 +758,14 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path):
     assert losses(resumed) == losses(straight)
     for name, value in resumed.model.state_dict().items():
         assert torch.equal(value, straight.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("changed", [{"router_lr": 1e-3}, {"vision_lr": 1e-3, "connector_lr": 1e-4}])
+def test_resuming_with_other_rates_of_parts_is_refused_by_name(tmp_path, processor, rows, changed):
+    trainer_of(small_model(), rows, processor, resumable(tmp_path)).train()
+    again = trainer_of(small_model(), rows, processor, resumable(tmp_path, **changed))
+    with pytest.raises(ValueError, match=r"state in .*checkpoint-9 does not fit .*resume with .* \*_lr, or begin"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
 @pytest.mark.parametrize("steps", [8, 10], ids=["at the end of an epoch", "within one"])
