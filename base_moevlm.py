@@ -104,7 +104,7 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
         arguments.update(and_mask_function=same_segment, position_ids=None)
     if IS_TRANSFORMERS_5:
         return create_causal_mask(config=config, inputs_embeds=inputs_embeds, **arguments)
-    if direct and segment_ids is None:
+    if direct:
         return padded_causal_mask(attention_mask, kwargs["cache_position"], past_key_values)
     return create_causal_mask(
         config=config, input_embeds=inputs_embeds, cache_position=kwargs["cache_position"], **arguments

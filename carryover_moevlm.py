@@ -82,10 +82,9 @@ def repair_gguf_tokenizer(tokenizer, parent: Parent) -> None:
     import gguf  # is there: without it the parent would not be open
 
     fields = gguf.GGUFReader(parent.folder / parent.gguf_file).fields
-    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos", "padding")}
     for name, kind in (("eos", "eos_token"), ("bos", "bos_token"), ("padding", "pad_token")):
-        if ids[name] is not None:
-            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(int(ids[name].contents())))
+        if id := fields.get(f"tokenizer.ggml.{name}_token_id"):
+            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(int(id.contents())))
     parent.config.eos_token_id = tokenizer.eos_token_id
     starts = fields.get("tokenizer.ggml.add_bos_token")
     # Left out it means yes beside a sentencepiece vocabulary ("llama"), no beside a byte-level one (llama.cpp).

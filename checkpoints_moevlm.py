@@ -108,7 +108,7 @@ def refuse_to_destroy(args: TrainingArguments, model: str | None) -> None:
             f"model_name_or_path={model} is a checkpoint in output_dir={args.output_dir}, which a new run clears; "
             "choose another output_dir"
         )
-    if model and Path(model).resolve() == Path(args.output_dir).resolve() and not args.overwrite_output_dir:
+    if model and Path(model).resolve() == target.resolve() and not args.overwrite_output_dir:
         raise FileExistsError(
             f"output_dir={args.output_dir} holds the model that training begins with; choose another output_dir, or "
             "let the result replace it with --overwrite_output_dir"

@@ -180,13 +180,12 @@ def _split_turns(record: dict) -> list[list[dict]]:
     pictures = [part for part in first if part["type"] == "image"]
     if first[: len(pictures)] != pictures:
         raise ValueError(
-            f"record {record.get('id')!r}: text stands before a picture, so its turns cannot share the picture; "
+            "text stands before a picture, so its turns cannot share the picture; "
             "put the pictures first or give each turn a record of its own"
         )
     if any(part["type"] == "image" for turn in turns[1:] for message in turn for part in _parts(message)):
         raise ValueError(
-            f"record {record.get('id')!r}: a later turn of a {record['task']} record has a picture of its own; "
-            "give that turn a record of its own"
+            f"a later turn of a {record['task']} record has a picture of its own; give that turn a record of its own"
         )
     later = [[{**question, "content": [*pictures, *_parts(question)]}, *rest] for question, *rest in turns[1:]]
     return [system + turn for turn in (turns[0], *later)]
@@ -234,35 +233,35 @@ def _check_chat(chat: list[dict], text: str, image_token: str, controls: set[str
 
 def _render(chats: list[list[dict]], processor) -> tuple[list[str], list[list[tuple[int, int]]]]:
     """The chats as text, and the character spans of the assistant's answers."""
-    template = processor.chat_template
-    names = processor.tokenizer.special_tokens_map
-    if GENERATION_TAG.search(template):
-        return render_jinja_template(chats, chat_template=template, return_assistant_tokens_mask=True, **names)
-    texts, _ = render_jinja_template(chats, chat_template=template, **names)
+    if GENERATION_TAG.search(processor.chat_template):
+        return _templated(chats, processor, return_assistant_tokens_mask=True)
+    texts, _ = _templated(chats, processor)
     return texts, [_answer_spans(chat, text, processor) for chat, text in zip(chats, texts, strict=True)]
+
+
+def _templated(chats: list[list[dict]], processor, **options) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """What the chat template makes of the chats, and the spans of answers that it marks, if they are asked for."""
+    tokens = processor.tokenizer.special_tokens_map
+    return render_jinja_template(chats, chat_template=processor.chat_template, **options, **tokens)
 
 
 def _answer_spans(chat: list[dict], text: str, processor) -> list[tuple[int, int]]:
     """Spans from rendered prefixes, for a template that does not mark them."""
-    template, tokenizer = processor.chat_template, processor.tokenizer
-    spans = []
+    end_token, spans = processor.tokenizer.eos_token, []
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        names = tokenizer.special_tokens_map
-        (before,), _ = render_jinja_template(
-            [chat[:number]], chat_template=template, add_generation_prompt=True, **names
-        )
-        (after,), _ = render_jinja_template([chat[: number + 1]], chat_template=template, **names)
+        (before,), _ = _templated([chat[:number]], processor, add_generation_prompt=True)
+        (after,), _ = _templated([chat[: number + 1]], processor)
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
                 f"the chat template renders message {number} differently when others follow, so its answer cannot be "
                 "located; put {% generation %} and {% endgeneration %} around the answer in the template"
             )
         end = len(after)
-        if tokenizer.eos_token is not None and tokenizer.eos_token in after[len(before) :]:
+        if end_token is not None and end_token in after[len(before) :]:
             # What a template writes past the end token is never generated.
-            end = after.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
+            end = after.rindex(end_token) + len(end_token)
         spans.append((len(before), end))
     return spans
 

@@ -77,7 +77,7 @@ def text_fields(config: PretrainedConfig, notes: list[str]) -> dict[str, Any]:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} of the {family} parent has no place here: {wanted!r} only"
             )
-    if family != "qwen2_moe" and getattr(config, "attention_bias", False):
+    if family in ("llama", "qwen3", "qwen3_moe", "olmoe") and getattr(config, "attention_bias", False):
         raise ValueError(f"attention_bias=True of the {family} parent also has o_proj.bias, which has no place here")
     heads = config.num_attention_heads
     fields = {
@@ -100,6 +100,9 @@ def text_fields(config: PretrainedConfig, notes: list[str]) -> dict[str, Any]:
         "moe_layers": "none",
     }
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if family in ("llama", "olmoe") or "sliding_attention" not in kinds:
+        window = None  # no layer looks through it
     if window and window < config.max_position_embeddings:
         fields["max_position_embeddings"] = window
         notes.append(f"the parent sees {window} tokens back (sliding_window); the model is exact up to that length")

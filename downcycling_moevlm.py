@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from .configuration_moevlm import MoeVlmConfig
 from .routing_moevlm import MoeVlmRouter
-from .summary_moevlm import sparse_layers
+from .summary_moevlm import CONNECTOR, DECODER, TOWER, sparse_layers
 
 WAYS = ("drop", "merge")
-DECODER, TOWER, CONNECTOR = "model.language_model.", "model.vision_tower.", "model.connector."
 # Stacked tensors of either form of experts; the width runs along dimension 1 but for down_proj.
 INTO, OUT, BIAS = ("gate_up_proj", "up_proj", "up_proj_bias"), "down_proj", "down_proj_bias"
 
@@ -83,7 +82,7 @@ def count_use(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> tupl
         return count
 
     routers = {name: module for name, module in model.named_modules() if isinstance(module, MoeVlmRouter)}
-    hooks = [module.register_forward_hook(watch(f"{name.removesuffix('gate')}")) for name, module in routers.items()]
+    hooks = [module.register_forward_hook(watch(name.removesuffix("gate"))) for name, module in routers.items()]
     loss, labels = 0.0, 0
     try:
         for batch in tqdm(batches, desc="counting visits", unit="batch"):
@@ -155,9 +154,8 @@ def slices_of(part: Any) -> int:
 
     That mode alone leaves a factor of n on weights of experts that fill a dense layer by n beside the shared ones.
     """
-    slices = (part.intermediate_size // part.moe_intermediate_size) - part.n_shared_experts
-    exact = (slices + part.n_shared_experts) * part.moe_intermediate_size == part.intermediate_size
-    fits = exact and slices > 1 and part.num_experts % slices == 0
+    slices = part.intermediate_size // part.moe_intermediate_size - part.n_shared_experts
+    fits = part.intermediate_size % part.moe_intermediate_size == 0 and slices > 1 and part.num_experts % slices == 0
     return slices if fits and part.routed_scaling_factor == slices else 1
 
 
@@ -275,9 +273,9 @@ def dense_layer(state: Mapping[str, Tensor], block: str, part, use: Use) -> dict
     """One sparse block as a dense layer, by our keys."""
     width, shared = part.moe_intermediate_size, part.n_shared_experts * part.moe_intermediate_size
     mix = part.shared_expert_mix
-    lanes = (part.intermediate_size - (shared if mix is None else 0)) // width
-    fits = lanes >= 1 and part.num_experts % lanes == 0
-    fits = fits and lanes * width + (shared if mix is None else 0) == part.intermediate_size
+    beside = shared if mix is None else 0  # a mixed one lies over the routed units
+    lanes = (part.intermediate_size - beside) // width
+    fits = lanes >= 1 and part.num_experts % lanes == 0 and lanes * width + beside == part.intermediate_size
     if not fits or part.shared_expert_gate or (mix is not None and shared != part.intermediate_size):
         raise ValueError(
             f"{part.num_experts} experts of moe_intermediate_size={width} with {part.n_shared_experts} shared ones do "

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
-DECODER, TOWER, CONNECTOR = "model.language_model.", "model.vision_tower.", "model.connector."
+from .summary_moevlm import CONNECTOR, DECODER, TOWER
+
 LAYER = r"layers\.\d+\."
 
 # Each rule: what the key looks like without its part's prefix, and its name with us (\g<0> stands for the whole match).
@@ -126,7 +127,13 @@ def place(key: str, kind: str) -> tuple[str, Piece] | None:
     return None
 
 
+def listing(keys: list[str]) -> str:
+    """The first eight keys, and how many more there are."""
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
 def reason_for(key: str, reasons: Iterable[tuple[str, str]]) -> str | None:
+    """The reason beside the first pattern that the whole key matches, None without one."""
     return next((reason for pattern, reason in reasons if re.fullmatch(pattern, key)), None)
 
 
@@ -158,10 +165,9 @@ def map_keys(keys: Iterable[str], kind: str, ours: Iterable[str], parts: tuple[s
         else:
             unknown.append(key)
     if unknown:
-        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         raise ValueError(
-            f"the {kind} parent has tensors without a place here: {', '.join(unknown[:8])}{more}; its config asks for "
-            "something that this model has no switch for"
+            f"the {kind} parent has tensors without a place here: {listing(unknown)}; its config asks for something "
+            "that this model has no switch for"
         )
     return result
 
@@ -204,8 +210,7 @@ class DenseTwin(Mapping):
         self.sources = {key: (weights, map_.pieces[key]) for weights, map_ in parents for key in map_.pieces}
         missing = [key for key in shapes if key not in self.sources and key not in fresh]
         if missing:
-            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            raise ValueError(f"no parent fills {', '.join(missing[:8])}{more}; the checkpoint is not whole")
+            raise ValueError(f"no parent fills {listing(missing)}; the checkpoint is not whole")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

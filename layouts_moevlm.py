@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .configuration_moevlm import MoeVlmConfig, MoeVlmTextConfig
 from .experts_moevlm import MoeVlmExperts
+from .summary_moevlm import DECODER
 from .vision_moevlm import MoeVlmVisionExperts
 
-DECODER = "model.language_model."
 SPARSE_KEY = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
 
 
@@ -155,15 +155,14 @@ def qwen3_moe_keys(state: Mapping[str, Tensor], stacked: bool = False) -> dict[s
     for key, tensor in state.items():
         if not key.startswith((DECODER, "lm_head.")):
             continue
-        name = f"model.{key.removeprefix(DECODER)}" if key.startswith(DECODER) else key
+        name = key.replace(DECODER, "model.", 1)
         found = SPARSE_KEY.fullmatch(name)
         if found is None or stacked:
             out[name] = tensor
             continue
-        parts = {"down_proj": tensor} if found[2] == "down_proj" else None
-        if parts is None:
-            gate, up = tensor.chunk(2, dim=1)  # (E, F, D) both
-            parts = {"gate_proj": gate, "up_proj": up}
-        for part, weights in parts.items():
+        parts = [("down_proj", tensor)]
+        if found[2] == "gate_up_proj":
+            parts = zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1))  # (E, F, D) both
+        for part, weights in parts:
             out |= {f"{found[1]}{e}.{part}.weight": weight for e, weight in enumerate(weights)}
     return out

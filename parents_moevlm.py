@@ -266,6 +266,9 @@ def load_parent(parent: Parent, role: str) -> nn.Module:
 
     Args:
         role: "text", "vision" or "whole".
+
+    Raises:
+        ValueError: transformers does not find some of its weights, and would draw them at random.
     """
     if parent.module is not None:
         return parent.module
@@ -274,4 +277,11 @@ def load_parent(parent: Parent, role: str) -> nn.Module:
         loader = TOWERS.get(parent.family.removesuffix("_vision_model"), loader)
     if parent.family == "moevlm":  # of which a text or vision parent is a part
         loader = transformers.AutoModelForImageTextToText
-    return loader.from_pretrained(parent.folder, dtype=torch.float32, attn_implementation="eager").eval()
+    settings = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    module, info = loader.from_pretrained(parent.folder, **settings)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"transformers {transformers.__version__} does not find {missing[0]} and {len(missing) - 1} more in "
+            f"{parent.source}, which another version saved; use that one, or leave out the comparison with --skip_proof"
+        )
+    return module.eval()

@@ -7,6 +7,7 @@ Letters: N devices, P parameters, B sequences a device, S tokens a sequence, D h
 token, V vocabulary, L layers.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,8 @@ class PlanArguments:
             raise ValueError(f"lora_rank={self.lora_rank} is negative; 0 plans without LoRA")
         if not 0 < self.utilisation <= 1:
             raise ValueError(f"utilisation={self.utilisation} must lie above 0 and at most 1")
+        if not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"peak_tflops={self.peak_tflops} must be above 0 and finite")
         for name in ("devices", "batch_size", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .base_moevlm import IS_TRANSFORMERS_5
 from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmForConditionalGeneration
+from .summary_moevlm import sparse_layers
 
 ROWS, TEXT_LENGTH = 2, 48
 # Of float32, as a share of the largest logit: identity modes must stay below.
@@ -160,7 +161,10 @@ def prove(
     config, dtype, model = model.config, model.dtype, model.float().eval()
     main = parents.get("whole") or parents["text"]
     settings = main.config.get_text_config()
-    routed = any(getattr(settings, name, None) for name in ("num_experts", "num_local_experts"))
+    if main.family == "moevlm":  # whose dense configs have a number of experts too
+        routed = bool(sparse_layers(main.config))
+    else:
+        routed = any(getattr(settings, name, None) for name in ("num_experts", "num_local_experts"))
     placeholder = parent_image_token(main.config) if "whole" in parents else config.image_token_id
     vocab_size = min(main.config.get_text_config().vocab_size, config.text_config.vocab_size)
     probe = probe_of(config, vocab_size, placeholder)

@@ -172,7 +172,8 @@ def vqa_units(id: Any, image: Any, asked: list[Asked], *, grouped: bool) -> Iter
     if grouped:
         messages = messages_of((one.question, one.main) for one in asked)
         yield Unit(asked[0].place, [image], {"id": str(id), "task": "vqa", "messages": messages})
-    for one in () if grouped else asked:
+        return
+    for one in asked:
         scored = {key: getattr(one, key) for key in ("id", "answers", "question_type", "answer_type")}
         yield Unit(one.place, [image], {"task": "vqa", "messages": messages_of([(one.question, one.main)])} | scored)
 

@@ -25,11 +25,12 @@ from moevlm.collating_moevlm import MoeVlmCollator, encode_record
 from moevlm.configmaps_moevlm import dense_config, is_tied
 from moevlm.data_moevlm import load_mixture
 from moevlm.downcycling_moevlm import DowncycleArguments, count_use, made_smaller
-from moevlm.keymaps_moevlm import DECODER, DenseTwin, map_parents
+from moevlm.keymaps_moevlm import DenseTwin, map_parents
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.parents_moevlm import Shards, Sources, load_parent, open_parents, read_configs
 from moevlm.planning_moevlm import PlanArguments, plan, plan_table
 from moevlm.recipes_moevlm import parse
+from moevlm.summary_moevlm import DECODER
 
 
 @dataclass

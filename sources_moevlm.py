@@ -264,16 +264,22 @@ class Hub(Entry):
         return path, files
 
     @cached_property
+    def present(self) -> list[str]:
+        """The data set's columns; a stream that does not name them shows them in its first row."""
+        return self.data.column_names or list(next(iter(self.data)))
+
+    @cached_property
     def mapping(self) -> dict[str, str]:
         """Our names of the columns to use, with the data set's."""
-        present = self.data.column_names or list(next(iter(self.data)))
-        mapping = {name: name for name in self.COLUMNS if name in present} if self.columns is None else self.columns
+        mapping = self.columns
+        if mapping is None:
+            mapping = {name: name for name in self.COLUMNS if name in self.present}
         for ours, theirs in mapping.items():
             check_known(f"{self.place}: columns", ours, self.COLUMNS)
-            check_known(f"{self.place}: columns: {ours}", theirs, present)
+            check_known(f"{self.place}: columns: {ours}", theirs, self.present)
         taught = {task for column, task in LEARNED.items() if column in mapping}
         if not taught or (self.task and self.task not in taught):
-            known = f"{', '.join(LEARNED)}; the data set has {', '.join(present)}"
+            known = f"{', '.join(LEARNED)}; the data set has {', '.join(self.present)}"
             raise ValueError(f"{self.place}: no column to learn from; map one with `columns` to one of {known}")
         return mapping
 
@@ -319,8 +325,7 @@ class Hub(Entry):
 
     def stream(self, *, grouped: bool, skip: bool) -> IterableDataset:
         """Give the records of a stream, made when they are asked for."""
-        columns = self.data.column_names or list(next(iter(self.data)))
-        batches = {"batched": True, "batch_size": 16, "with_indices": True, "remove_columns": columns}
+        batches = {"batched": True, "batch_size": 16, "with_indices": True, "remove_columns": self.present}
         made = {"grouped": grouped, "skip": skip}
         return self.data.map(self._batch, **batches, fn_kwargs=made, features=FEATURES)
 

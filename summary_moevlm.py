@@ -11,6 +11,8 @@ from typing import NamedTuple
 from torch import nn
 
 PARTS = ("vision", "connector", "language")
+# How the keys of a whole model's state dict begin, part by part.
+TOWER, CONNECTOR, DECODER = "model.vision_tower.", "model.connector.", "model.language_model."
 # How PEFT names what it adds, and the copy of a module that it keeps but no longer calls.
 ADAPTER, UNUSED_COPY = ".lora_", ".original_module."
 
@@ -215,4 +217,5 @@ def bytes_by_dtype(model):
     return found
 
 
-__all__ = ["MoeSummary", "PartSummary", "is_router", "part_of", "sparse_layers", "summarize"]
+__all__ = ["CONNECTOR", "DECODER", "PARTS", "TOWER", "MoeSummary", "PartSummary"]
+__all__ += ["is_router", "part_of", "sparse_layers", "summarize"]

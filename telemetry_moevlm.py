@@ -113,12 +113,11 @@ class DroppedVisits:
     def __init__(self, model: nn.Module):
         routers = routers_of(model)
         names = sparse_layers(model.config) if routers else ()
-        capacities = {name: router.capacity for name, router in zip(names, routers, strict=True)}
         self.counts: dict[str, Tensor] = {}
-        for name, capacity in capacities.items():
-            if capacity.factor is not None:
+        for name, router in zip(names, routers, strict=True):
+            if router.capacity.factor is not None:
                 self.counts[name] = torch.zeros(2, dtype=torch.long, device=model.device)
-                capacity.register_forward_hook(partial(self.add, name))
+                router.capacity.register_forward_hook(partial(self.add, name))
 
     def add(self, name: str, capacity: nn.Module, args: tuple, served: Tensor) -> None:
         """A forward hook: visits `(N, K)` wanted, the first of `args`, and served."""
@@ -182,8 +181,8 @@ class QuietProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None:
             shown = {name: logs[name] for name in ("loss", "eval_score") if name in (logs or {})}
-            self.training_bar.set_postfix({**getattr(self, "shown", {}), **shown})
             self.shown = {**getattr(self, "shown", {}), **shown}
+            self.training_bar.set_postfix(self.shown)
 
 
 class EvaluateLastStep(TrainerCallback):

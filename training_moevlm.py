@@ -16,8 +16,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from .collating_moevlm import StagedSampler
 from .grounding_moevlm import image_words_loss
 from .router_losses_moevlm import count_tokens
-from .summary_moevlm import PARTS as TOWERS
-from .summary_moevlm import is_router, part_of, sparse_layers
+from .summary_moevlm import PARTS, is_router, part_of, sparse_layers
 from .telemetry_moevlm import (
     EvaluateLastStep,
     LoadBalancer,
@@ -36,7 +35,7 @@ try:
 except ImportError:
     PeftModel = None
 
-PARTS = (*TOWERS, "router")
+FREEZABLE = (*PARTS, "router")
 KINDS = ("experts", "router")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
@@ -146,15 +145,15 @@ def freeze(model: nn.Module, parts: Iterable[str], only: Iterable[str] = ()) -> 
     """Stop the gradients of whole parts; a router is frozen with its tower, or with all others by "router".
 
     Args:
-        parts: Members of `PARTS`.
+        parts: Members of `FREEZABLE`.
         only: Members of `KINDS`, shared experts among the experts: what of the rest still learns; none: all of it.
 
     Raises:
         ValueError: An unknown part or kind, or nothing is left to train.
     """
     parts, only = set(parts), set(only)
-    if unknown := (parts - set(PARTS)) | (only - set(KINDS)):
-        raise ValueError(f"{sorted(unknown)}: freeze takes {', '.join(PARTS)}; train_only takes {', '.join(KINDS)}")
+    if unknown := (parts - set(FREEZABLE)) | (only - set(KINDS)):
+        raise ValueError(f"{sorted(unknown)}: freeze takes {', '.join(FREEZABLE)}; train_only takes {', '.join(KINDS)}")
     for name, parameter in model.named_parameters():
         kind = "router" if is_router(name) else "experts" if "expert" in name else None
         if part_of(name) in parts or kind in parts or (only and kind not in only):
@@ -166,7 +165,7 @@ def freeze(model: nn.Module, parts: Iterable[str], only: Iterable[str] = ()) -> 
 def decays(name: str, module: nn.Module) -> bool:
     """Whether weight decay applies to a parameter of `module`: not to norms, biases, embeddings and routers."""
     still = isinstance(module, nn.Embedding) or "Norm" in type(module).__name__ or is_router(name)
-    return not (still or name.endswith("bias") or "position_embedding" in name or "class_embedding" in name)
+    return not (still or name.endswith("bias") or "class_embedding" in name)
 
 
 def parameter_groups(model: nn.Module, args: MoeVlmTrainingArguments) -> list[dict[str, Any]]:
@@ -178,14 +177,13 @@ def parameter_groups(model: nn.Module, args: MoeVlmTrainingArguments) -> list[di
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
-        for short_name, parameter in module.named_parameters(prefix, recurse=False):
+        for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter in seen or not parameter.requires_grad:
                 continue
             seen.add(parameter)
-            rate = rates["router"] if is_router(short_name) else None
-            rate = rates.get(part_of(short_name)) if rate is None else rate
-            rate = args.learning_rate if rate is None else rate
-            decay = args.weight_decay if decays(short_name, module) else 0.0
+            kinds = ("router", part_of(name)) if is_router(name) else (part_of(name),)
+            rate = next((rates[kind] for kind in kinds if rates.get(kind) is not None), args.learning_rate)
+            decay = args.weight_decay if decays(name, module) else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     order = sorted(groups, key=lambda key: (key[0] != args.learning_rate, *key))
     return [{"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in order]
@@ -218,7 +216,7 @@ def default_lora_config(arguments: ModelArguments, model: nn.Module) -> "LoraCon
 
 def adapt(model: nn.Module, arguments: ModelArguments) -> nn.Module:
     """The model with parts frozen and with fresh LoRA adapters, which then learn alone, as the arguments say."""
-    frozen = [part for part in PARTS if getattr(arguments, f"freeze_{part}")]
+    frozen = [part for part in FREEZABLE if getattr(arguments, f"freeze_{part}")]
     freeze(model, frozen, arguments.train_only)
     if not arguments.lora:
         return model
@@ -299,7 +297,7 @@ class MoeVlmTrainer(Trainer):
         return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if self.state.global_step >= self.state.max_steps:
+        if 0 < self.state.max_steps <= self.state.global_step:
             return [], None  # a finished run, resumed: transformers would take one step more
         batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
         counted = labels is not None and all("input_ids" in one for one in batches)

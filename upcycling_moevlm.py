@@ -16,6 +16,7 @@ from torch import Size, Tensor, nn
 from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmConnector, MoeVlmForConditionalGeneration, MoeVlmVisionModel
 from .sparsity_moevlm import layer_types_from
+from .summary_moevlm import CONNECTOR, DECODER, TOWER
 
 MODES = ("copy", "noise", "drop", "fine_grained")
 # Those whose model gives the parent's logits before any training.
@@ -24,7 +25,6 @@ PARTS = ("decoder", "connector", "tower")
 GATES = ("normal", "orthogonal")
 DTYPES = ("float32", "bfloat16", "float16")
 ROUTER_BIAS = "e_score_correction_bias"
-TOWER, CONNECTOR, DECODER = "model.vision_tower.", "model.connector.", "model.language_model."
 
 
 @dataclass
@@ -75,6 +75,8 @@ class Recipe:
             raise ValueError(
                 f"n_shared_experts={self.shared} must be below granularity={self.granularity}: one slice must be routed"
             )
+        if self.mode == "copy" and self.shared > 1:
+            raise ValueError(f"n_shared_experts={self.shared} must be 0 or 1 in mode copy, where it is a whole copy")
         if self.mode not in IDENTITY_MODES and self.shared:
             raise ValueError(f"n_shared_experts={self.shared} goes with mode copy or fine_grained, not {self.mode}")
 
@@ -119,25 +121,26 @@ def sparse_config(dense: MoeVlmConfig, recipe: Recipe) -> tuple[MoeVlmConfig, li
     """
     parts, notes = dense.part_fields(), []
     text, vision = parts["text_config"], parts["vision_config"]
+    # With 0 the recipe asks for no experts of its own, and the parent's stay.
+    added = () if recipe.num_experts == 0 else recipe.parts
     if "sparse" in text["mlp_layer_types"]:
-        # With 0 the recipe asks for no experts of its own, and the parent's stay.
-        for name in ("num_experts", "num_experts_per_tok") if recipe.num_experts != 0 else ():
-            if "decoder" in recipe.parts and getattr(recipe, name) not in (None, text[name]):
+        for name in ("num_experts", "num_experts_per_tok"):
+            if "decoder" in added and getattr(recipe, name) not in (None, text[name]):
                 raise ValueError(
                     f"{name}={getattr(recipe, name)}, but the parent's decoder is sparse with {text[name]}; leave it "
                     "out to adopt the parent's experts"
                 )
         notes.append(f"the decoder's experts are the parent's own ({text['num_experts']}), adopted as they are")
-    elif "decoder" in recipe.parts and recipe.num_experts != 0:
+    elif "decoder" in added:
         text |= {"mlp_layer_types": layer_types_from(recipe.layers, dense.text_config.num_hidden_layers)}
         text |= experts_of(recipe, dense.text_config.intermediate_size, recipe.shared)
-    if "tower" in recipe.parts and recipe.num_experts != 0:
+    if "tower" in added:
         if "sparse" in vision["mlp_layer_types"]:
             raise ValueError("parts names the tower, but the parent's tower has experts already; leave it out")
         vision |= {"mlp_layer_types": layer_types_from(recipe.layers, dense.vision_config.num_hidden_layers)}
         # A dense layer of the tower has no gate that a slice could share: its slices are all routed.
         vision |= experts_of(recipe, dense.vision_config.intermediate_size, 0) | {"expert_form": "mlp"}
-    if "connector" in recipe.parts and recipe.num_experts != 0:
+    if "connector" in added:
         if parts["connector_config"]["num_experts"]:
             raise ValueError("parts names the connector, but the parent's connector has experts already; leave it out")
         width = dense.text_config.hidden_size
@@ -237,18 +240,18 @@ def sparsify(
     """
     blocks = list(new_blocks(dense, sparse))
     prefixes = tuple(block.prefix for block in blocks)
-    state = {key: cast(key, twin[key], dtype) for key in twin if not key.startswith(prefixes or ("\0",))}
+    state = {key: cast(key, twin[key], dtype) for key in twin if not key.startswith(prefixes)}
     generator = torch.Generator().manual_seed(recipe.upcycle_seed)
     for block in blocks:
-        tensors = connector_block(sparse, generator) if block.part == "connector" else None
-        if tensors is None:
+        if block.part == "connector":
+            tensors = connector_block(sparse, generator)
+            state[f"{CONNECTOR}norm.weight"] = torch.ones(sparse.text_config.hidden_size, dtype=dtype)
+        else:
             tensors = experts_from(read_layer(twin, block), block.part, sparse, recipe, generator)
         tensors["gate.weight"] = gate_rows(sparse, block.part, recipe, generator)
         if recipe.use_router_bias:
             tensors[f"gate.{ROUTER_BIAS}"] = torch.zeros(len(tensors["gate.weight"]))
         state |= {block.prefix + name: cast(block.prefix + name, tensor, dtype) for name, tensor in tensors.items()}
-        if block.part == "connector":
-            state[f"{CONNECTOR}norm.weight"] = torch.ones(sparse.text_config.hidden_size, dtype=dtype)
     return state
 
 

@@ -260,9 +260,12 @@ class MoeVlmVisionLayer(GradientCheckpointingLayer):
 
 @dataclass
 class MoeVlmVisionOutput(ModelOutput):
-    """Outputs of the tower, and of the connector: last hidden state `(I, P, D)`; the rest per layer, when asked for.
+    """Outputs of the tower, and of the connector; all but the last hidden state per layer, when asked for.
 
-    `router_logits` are L tensors `(I*P, E)` in float32, `router_indices` and `router_choices` L tensors `(I*P, K)`.
+    T tokens of a picture: in the tower its P patches and a class token if there is one, in the connector what pixel
+    shuffle leaves. `last_hidden_state` is `(I, P, D)`, the connector's `(I, T, D)`; so is the last of `hidden_states`,
+    the others are `(I, T, D)`. `router_logits` are L tensors `(I*T, E)` in float32, `router_indices` and
+    `router_choices` L tensors `(I*T, K)` for E experts and K visits.
     """
 
     last_hidden_state: Optional[torch.FloatTensor] = None

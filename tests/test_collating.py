@@ -167,7 +167,7 @@ def test_no_answer_follows_another_segment_directly(processor):
 def test_turns_that_cannot_share_the_picture_are_an_error(processor, change, message):
     bad = record(QUESTIONS)
     change(bad)
-    with pytest.raises(ValueError, match=f"record 'r1': {message}"):
+    with pytest.raises(ValueError, match=f"^record 'r1': {message}"):
         encode_record(bad, processor)
 
 

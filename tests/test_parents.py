@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_parents import SQUARE, TEXT, VISION
 from transformers import AutoModelForCausalLM
 
 import run_upcycle
+from moevlm import proof_moevlm
+from moevlm.base_moevlm import IS_TRANSFORMERS_5
 from moevlm.configmaps_moevlm import feature_layer_of, is_tied, text_fields
 from moevlm.keymaps_moevlm import map_keys
 from moevlm.processing_moevlm import train_tokenizer
@@ -270,6 +273,45 @@ def test_a_window_of_the_parent_bounds_the_positions(parent, upcycle):
     )
     assert json.loads((made / "config.json").read_text())["text_config"]["max_position_embeddings"] == 100
     assert any("100 tokens back" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: transformers.Qwen2Config(**TEXT, use_sliding_window=True, sliding_window=20, max_window_layers=2),
+        lambda: transformers.LlamaConfig(**TEXT, sliding_window=16),
+    ],
+)
+def test_a_window_that_no_layer_looks_through_bounds_nothing(config):
+    notes = []
+    fields = text_fields(config(), notes)
+    assert fields["max_position_embeddings"] == config().max_position_embeddings and not notes
+
+
+def test_a_dense_model_of_ours_is_compared_at_every_position(parent, upcycle, monkeypatch, tmp_path):
+    vision = parent("siglip", VISION_PARENTS["siglip"](), False)
+    upcycle(text=text_parent(parent), vision=vision, num_experts=0)
+    dense = (tmp_path / "made").rename(tmp_path / "dense")
+    compare, asked = proof_moevlm.compare, []
+    spy = lambda *two, routed: asked.append(routed) or compare(*two, routed=routed)  # noqa: E731
+    monkeypatch.setattr(proof_moevlm, "compare", spy)
+    upcycle(model_name_or_path=dense)
+    sparse = (tmp_path / "made").rename(tmp_path / "sparse")
+    upcycle(model_name_or_path=sparse)
+    assert asked == [False, True]
+
+
+def test_a_parent_whose_weights_are_not_found_is_not_compared_with(parent, upcycle):
+    vision = parent("siglip", VISION_PARENTS["siglip"](), False)
+    file = f"{vision}/model.safetensors"
+    save_file({key.removeprefix("vision_model."): value for key, value in load_file(file).items()}, file)
+    text = text_parent(parent)
+    if IS_TRANSFORMERS_5:  # which writes the short names itself
+        upcycle(text=text, vision=vision)
+        return
+    with pytest.raises(ValueError, match="does not find .*, which another version saved; .* with --skip_proof"):
+        upcycle(text=text, vision=vision)
+    upcycle(text=text, vision=vision, skip_proof=True)
 
 
 def test_a_window_below_a_picture_is_refused(parent, upcycle):

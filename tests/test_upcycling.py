@@ -250,6 +250,7 @@ def test_outputs_before_every_varied_layer_are_the_parents(recipe, kept):
         ({"mode": "clone"}, "mode='clone' must be one of copy"),
         ({"parts": ["head"]}, "parts holds"),
         ({"mode": "fine_grained", "n_shared_experts": 4}, "n_shared_experts=4 must be below granularity=4"),
+        ({"mode": "copy", "n_shared_experts": 2}, "n_shared_experts=2 must be 0 or 1 in mode copy"),
         ({"mode": "drop", "n_shared_experts": 1}, "n_shared_experts=1 goes with mode"),
         ({"mode": "fine_grained", "granularity": 7}, "granularity=7 does not divide"),
         ({"mode": "fine_grained", "num_experts": 8}, "num_experts=8 is no multiple of the 3 routed slices"),
