@@ -120,7 +120,8 @@ def sparse_fields(config: PretrainedConfig) -> dict[str, Any]:
         "moe_intermediate_size": getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         # Mixtral always renormalises.
         "norm_topk_prob": family == "mixtral" or config.norm_topk_prob,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
+        # transformers' balance loss is K of an even load, ours 1.
+        "router_aux_loss_coef": config.router_aux_loss_coef * config.num_experts_per_tok,
     }
     sparse = set(range(layers))
     if family in ("qwen2_moe", "qwen3_moe"):

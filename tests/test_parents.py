@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_parents import SQUARE, TEXT, VISION
 from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import run_upcycle
 from moevlm import proof_moevlm
@@ -17,6 +18,7 @@ from moevlm.base_moevlm import IS_TRANSFORMERS_5
 from moevlm.configmaps_moevlm import feature_layer_of, is_tied, text_fields
 from moevlm.keymaps_moevlm import map_keys
 from moevlm.processing_moevlm import train_tokenizer
+from moevlm.router_losses_moevlm import router_statistics
 
 SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SIDE = {**VISION, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -273,6 +275,14 @@ def test_a_window_of_the_parent_bounds_the_positions(parent, upcycle):
     )
     assert json.loads((made / "config.json").read_text())["text_config"]["max_position_embeddings"] == 100
     assert any("100 tokens back" in note for note in report["notes"])
+
+
+def test_an_adopted_router_is_pushed_to_balance_as_hard_as_the_parents():
+    parent = transformers.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=3, router_aux_loss_coef=0.5)
+    logits = torch.randn(20, 4)
+    theirs = load_balancing_loss_func((logits,), num_experts=4, top_k=3)
+    (ours,) = router_statistics((logits,), (logits.topk(3).indices,)).balance
+    torch.testing.assert_close(text_fields(parent, [])["router_aux_loss_coef"] * ours, 0.5 * theirs)
 
 
 @pytest.mark.parametrize(
