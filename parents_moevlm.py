@@ -51,6 +51,13 @@ class Sources:
                 f"model_name_or_path={self.model_name_or_path}, vision={self.vision}, text={self.text}: give either a "
                 "whole parent, or both parts"
             )
+        usual = {"projector": "mlp", "pixel_shuffle_factor": None, "vision_feature_layer": -1}
+        given = [name for name, value in usual.items() if getattr(self, name) != value]
+        if self.model_name_or_path and given:
+            raise ValueError(
+                f"{', '.join(given)} say how two parents are joined, and model_name_or_path={self.model_name_or_path} "
+                "is whole; leave them out"
+            )
 
     @property
     def roles(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import run_upcycle
-from moevlm import proof_moevlm
+from moevlm import parents_moevlm, proof_moevlm
 from moevlm.base_moevlm import IS_TRANSFORMERS_5
 from moevlm.configmaps_moevlm import feature_layer_of, is_tied, text_fields
 from moevlm.keymaps_moevlm import map_keys
@@ -275,6 +275,12 @@ def test_a_window_of_the_parent_bounds_the_positions(parent, upcycle):
     )
     assert json.loads((made / "config.json").read_text())["text_config"]["max_position_embeddings"] == 100
     assert any("100 tokens back" in note for note in report["notes"])
+
+
+def test_flags_of_a_new_connector_are_refused_beside_a_whole_parent():
+    with pytest.raises(ValueError, match="projector, vision_feature_layer say how two .*=outputs/demo is whole; leave"):
+        parents_moevlm.Sources(model_name_or_path="outputs/demo", projector="linear", vision_feature_layer=-2)
+    assert parents_moevlm.Sources(text="a", vision="b", vision_feature_layer=-2).joint["feature_layer"] == -2
 
 
 def test_an_adopted_router_is_pushed_to_balance_as_hard_as_the_parents():
