@@ -115,7 +115,8 @@ def sparse_fields(config: PretrainedConfig) -> dict[str, Any]:
     if family not in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
         return {}
     fields = {
-        "num_experts": config.num_local_experts if family == "mixtral" else config.num_experts,
+        # Mixtral's name, and that by which transformers 5 saves Qwen3-MoE's; 4.57 would take its default of 128.
+        "num_experts": getattr(config, "num_local_experts", None) or config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "moe_intermediate_size": getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         # Mixtral always renormalises.

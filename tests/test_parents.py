@@ -277,6 +277,11 @@ def test_a_window_of_the_parent_bounds_the_positions(parent, upcycle):
     assert any("100 tokens back" in note for note in report["notes"])
 
 
+def test_experts_are_counted_by_the_name_that_transformers_5_saves():
+    config = transformers.Qwen3MoeConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)
+    assert text_fields(config, [])["num_experts"] == 4
+
+
 def test_flags_of_a_new_connector_are_refused_beside_a_whole_parent():
     with pytest.raises(ValueError, match="projector, vision_feature_layer say how two .*=outputs/demo is whole; leave"):
         parents_moevlm.Sources(model_name_or_path="outputs/demo", projector="linear", vision_feature_layer=-2)
