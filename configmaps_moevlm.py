@@ -99,11 +99,10 @@ def text_fields(config: PretrainedConfig, notes: list[str]) -> dict[str, Any]:
         **{name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
         "moe_layers": "none",
     }
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if family in ("llama", "olmoe") or "sliding_attention" not in kinds:
-        window = None  # no layer looks through it
-    if window and window < config.max_position_embeddings:
+    used = getattr(config, "use_sliding_window", family not in ("llama", "olmoe")) and "sliding_attention" in kinds
+    if window and used and window < config.max_position_embeddings:
         fields["max_position_embeddings"] = window
         notes.append(f"the parent sees {window} tokens back (sliding_window); the model is exact up to that length")
     return fields | sparse_fields(config)
@@ -115,8 +114,7 @@ def sparse_fields(config: PretrainedConfig) -> dict[str, Any]:
     if family not in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
         return {}
     fields = {
-        # Mixtral's name, and that by which transformers 5 saves Qwen3-MoE's; 4.57 would take its default of 128.
-        "num_experts": getattr(config, "num_local_experts", None) or config.num_experts,
+        "num_experts": config.num_local_experts if family == "mixtral" else config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "moe_intermediate_size": getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         # Mixtral always renormalises.

@@ -509,13 +509,7 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         Returns:
             [`MoeVlmModelOutput`].
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image_mask is not None and image_mask.shape != inputs_embeds.shape[:2]:
-            expected = tuple(inputs_embeds.shape[:2])
-            raise ValueError(f"image_mask is {tuple(image_mask.shape)}; give one value for each token, {expected}")
+        inputs_embeds = self.embed(input_ids, inputs_embeds, image_mask)
         encoded = None
         if pixel_values is not None and len(pixel_values):
             encoded = self.encode_images(pixel_values, output_router_logits, num_experts_per_tok)
@@ -540,6 +534,17 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
         )
         outputs.image_mask = image_mask
         return self.with_image_routing(outputs, encoded)
+
+    def embed(self, input_ids, inputs_embeds, image_mask):
+        """The tokens' embeddings `(B, S, D)`; `ValueError` for ids beside embeddings, or a mask of another shape."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if image_mask is not None and image_mask.shape != inputs_embeds.shape[:2]:
+            expected = tuple(inputs_embeds.shape[:2])
+            raise ValueError(f"image_mask is {tuple(image_mask.shape)}; give one value for each token, {expected}")
+        return inputs_embeds
 
     def image_positions(self, input_ids, inputs_embeds):
         """Where image tokens go, `(B, S)` bool; found by the placeholder's embedding when there are no ids."""

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from .base_moevlm import IS_TRANSFORMERS_5
 from .configmaps_moevlm import refuse_unknown
 from .configuration_moevlm import MoeVlmConfig
 
@@ -193,12 +194,25 @@ def read_configs(sources: Mapping[str, str]) -> dict[str, PretrainedConfig | dic
             configs[role] = fields.get("vision_config", fields)
         elif fields:
             refuse_unknown(fields.get("model_type"), source)
-            configs[role] = AutoConfig.for_model(**fields)
+            configs[role] = known_names(AutoConfig.for_model(**fields))
         elif source.endswith(".gguf") or (not Path(source).is_dir() and packaged_gguf(source)):
             raise ValueError(f"{role}={source} is a GGUF file, whose config is not read alone; give a folder or .json")
         else:
-            configs[role] = AutoConfig.from_pretrained(source)
+            configs[role] = known_names(AutoConfig.from_pretrained(source))
     return configs
+
+
+def known_names(config: PretrainedConfig) -> PretrainedConfig:
+    """The config, changed in place: what transformers 5 saves by names of its own, 4.57 gets by those that it reads."""
+    text = config.get_text_config()
+    if IS_TRANSFORMERS_5 or config.model_type == "moevlm":
+        return config
+    if rope := getattr(text, "rope_parameters", None):
+        text.rope_theta = rope["rope_theta"]
+        text.rope_scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if hasattr(text, "num_experts"):
+        text.num_experts = getattr(text, "num_local_experts", text.num_experts)
+    return config
 
 
 def open_parent(source: str) -> Parent:
@@ -218,7 +232,7 @@ def open_parent(source: str) -> Parent:
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{source} has no config.json; give a folder of a checkpoint, a Hub id or a .gguf file")
     refuse_unknown(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"), source)
-    return Parent(source, AutoConfig.from_pretrained(folder), Shards(folder), folder)
+    return Parent(source, known_names(AutoConfig.from_pretrained(folder)), Shards(folder), folder)
 
 
 def downloaded(source: str) -> Path:
@@ -285,6 +299,8 @@ def load_parent(parent: Parent, role: str) -> nn.Module:
     if parent.family == "moevlm":  # of which a text or vision parent is a part
         loader = transformers.AutoModelForImageTextToText
     settings = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    if role != "vision":  # whose config may be a part of the parent's
+        settings["config"] = parent.config
     module, info = loader.from_pretrained(parent.folder, **settings)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -277,9 +278,17 @@ def test_a_window_of_the_parent_bounds_the_positions(parent, upcycle):
     assert any("100 tokens back" in note for note in report["notes"])
 
 
-def test_experts_are_counted_by_the_name_that_transformers_5_saves():
-    config = transformers.Qwen3MoeConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)
-    assert text_fields(config, [])["num_experts"] == 4
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_config_that_transformers_5_saved_is_read_by_both_lines(parent, upcycle, name):
+    folder = text_parent(parent, name)
+    path = Path(folder, "config.json")
+    fields = json.loads(path.read_text())
+    for older in ("rope_theta", "rope_scaling", "num_experts"):
+        fields.pop(older, None)
+    fields |= {"rope_parameters": LLAMA3, "num_local_experts": SPARSE["num_experts"]}
+    path.write_text(json.dumps(fields))
+    report, _ = upcycle(text=folder, vision=parent("siglip", VISION_PARENTS["siglip"](), False))
+    check(report, {"text": folder})
 
 
 def test_flags_of_a_new_connector_are_refused_beside_a_whole_parent():
@@ -313,13 +322,12 @@ def test_a_dense_model_of_ours_is_compared_at_every_position(parent, upcycle, mo
     vision = parent("siglip", VISION_PARENTS["siglip"](), False)
     upcycle(text=text_parent(parent), vision=vision, num_experts=0)
     dense = (tmp_path / "made").rename(tmp_path / "dense")
-    compare, asked = proof_moevlm.compare, []
-    spy = lambda *two, routed: asked.append(routed) or compare(*two, routed=routed)  # noqa: E731
+    spy = Mock(wraps=proof_moevlm.compare)
     monkeypatch.setattr(proof_moevlm, "compare", spy)
     upcycle(model_name_or_path=dense)
     sparse = (tmp_path / "made").rename(tmp_path / "sparse")
     upcycle(model_name_or_path=sparse)
-    assert asked == [False, True]
+    assert [call.kwargs["routed"] for call in spy.call_args_list] == [False, True]
 
 
 def test_a_parent_whose_weights_are_not_found_is_not_compared_with(parent, upcycle):
