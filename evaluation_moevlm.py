@@ -2,7 +2,6 @@
 """What a finished model says about pictures, how good that is, and how sure we are of it."""
 
 import re
-import textwrap
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,8 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from .processing_moevlm import start_is_written, to_rgb
@@ -366,32 +364,3 @@ def bootstrap_interval(
     # Counts of the distinct rows instead of n draws: the same distribution, and accuracies have few of them.
     sums = [draws.multinomial(len(values), counts / len(values), size=100) @ rows for _ in range(resamples // 100)]
     return np.percentile(statistic(np.concatenate(sums) / len(values)), [2.5, 97.5]).tolist()
-
-
-def draw_samples(samples: Sequence[Sample], predictions: Sequence[str], path: str, *, count: int = 12) -> None:
-    """Write a PNG page of samples, spread evenly over tasks and places: the question, the picture, the model's answer
-    and the truth; green where they agree, red where not, blue for captions, which may be good in other words."""
-    names = dict.fromkeys(sample.task for sample in samples)
-    tasks = [[place for place, each in enumerate(samples) if each.task == name] for name in names]
-    chosen: list[int] = []
-    for shift, places in enumerate(tasks):
-        stride = max(1, len(places) * len(tasks) // count)
-        # Every task starts elsewhere, so that the page does not show the same pictures for each.
-        chosen += places[shift * stride // len(tasks) :: stride][: count // len(tasks)]
-    rows = max(1, -(-len(chosen) // 4))
-    figure = Figure(figsize=(14, 4.6 * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
-    for card, place in enumerate(chosen, start=1):
-        sample, prediction = samples[place], predictions[place]
-        mark, colour = ("✓ ", "#1b7f3b") if same_answer(prediction, sample.target) else ("✗ ", "#c0271d")
-        mark, colour = ("", "#1f4e8c") if sample.metric == "CIDEr" else (mark, colour)
-        axes = figure.add_subplot(rows, 4, card, xticks=[], yticks=[])
-        axes.spines[:].set(color=colour, linewidth=3)
-        if images := sample.images:
-            height = max(image.height for image in images)
-            padded = [ImageOps.pad(image, (image.width, height), color="white") for image in images]
-            axes.imshow(np.concatenate([np.asarray(image) for image in padded], axis=1), interpolation="nearest")
-        answer = [*textwrap.wrap(f"{mark}model: {prediction}", 46), *textwrap.wrap(f"truth: {sample.target}", 46)]
-        axes.set_title("\n".join(textwrap.wrap(sample.question, 40)), fontsize=10, parse_math=False)
-        axes.set_xlabel("\n".join(answer), fontsize=10, color=colour, loc="left", parse_math=False)
-    figure.savefig(path, dpi=100, format="png")

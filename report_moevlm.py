@@ -3,6 +3,7 @@
 
 import base64
 import io
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
+
+from .evaluation_moevlm import same_answer
 
 Row = Mapping[str, Any]
 # What scores are broken down by, where the samples know it; the order of the plots.
@@ -249,3 +252,37 @@ def save_figures(figures: Mapping[str, bytes], folder: Path) -> None:
             old.unlink()
     for name, figure in figures.items():
         (folder / name).write_bytes(figure)
+
+
+def draw_samples(samples: Sequence[Any], predictions: Sequence[str], path: str, *, count: int = 12) -> None:
+    """Write a PNG page of samples, spread evenly over tasks and places: the question, the picture, the model's answer
+    and the truth; green where they agree, red where not, blue for captions, which may be good in other words."""
+    names = dict.fromkeys(sample.task for sample in samples)
+    tasks = [[place for place, each in enumerate(samples) if each.task == name] for name in names]
+    chosen: list[int] = []
+    for shift, places in enumerate(tasks):
+        stride = max(1, len(places) * len(tasks) // count)
+        # Every task starts elsewhere, so that the page does not show the same pictures for each.
+        chosen += places[shift * stride // len(tasks) :: stride][: count // len(tasks)]
+    rows = max(1, -(-len(chosen) // 4))
+    figure = Figure(figsize=(14, 4.6 * rows), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    for card, place in enumerate(chosen, start=1):
+        sample, prediction = samples[place], predictions[place]
+        mark, colour = ("✓ ", "#1b7f3b") if same_answer(prediction, sample.target) else ("✗ ", "#c0271d")
+        mark, colour = ("", "#1f4e8c") if sample.metric == "CIDEr" else (mark, colour)
+        axes = figure.add_subplot(rows, 4, card, xticks=[], yticks=[])
+        axes.spines[:].set(color=colour, linewidth=3)
+        if images := sample.images:
+            height = max(image.height for image in images)
+            padded = [ImageOps.pad(image, (image.width, height), color="white") for image in images]
+            axes.imshow(np.concatenate([np.asarray(image) for image in padded], axis=1), interpolation="nearest")
+        answer = _lines(f"{mark}model: {prediction}", 46) + "\n" + _lines(f"truth: {sample.target}", 46)
+        axes.set_title(_lines(sample.question, 40), fontsize=10, parse_math=False)
+        axes.set_xlabel(answer, fontsize=10, color=colour, loc="left", parse_math=False)
+    figure.savefig(path, dpi=100, format="png")
+
+
+def _lines(text: str, width: int) -> str:
+    """The text in lines of this width, at most eight: a picture has room for no more."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=8, placeholder=" …"))

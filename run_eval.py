@@ -126,7 +126,7 @@ def conclude(args, samples, columns, scorers, run, notes):
     answers.write(folder, samples, details, own | results | {"problems": notes, "run": run})
     report.save_figures(figures, folder / "plots")
     answers.replace(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
-    answers.replace(folder / "samples.png", lambda path: evaluation.draw_samples(samples, said, str(path)))
+    answers.replace(folder / "samples.png", lambda path: report.draw_samples(samples, said, str(path)))
     speed = f"{run['answers_per_second']:.0f} answers a second; " if "seconds" in run else ""
     print(f"{speed}scores, report.html and predictions are in {folder}")
 

@@ -22,9 +22,10 @@ from transformers import logging, set_seed
 from moevlm.checkpoints_moevlm import clear, finish, starting_model, starting_point
 from moevlm.collating_moevlm import MoeVlmCollator, encode_or_skip, encode_record, without_skipped
 from moevlm.data_moevlm import DataArguments, load_mixture
-from moevlm.evaluation_moevlm import draw_samples, predict, samples_from, score
+from moevlm.evaluation_moevlm import predict, samples_from, score
 from moevlm.memory_moevlm import keep_freed_memory
 from moevlm.recipes_moevlm import parse
+from moevlm.report_moevlm import draw_samples
 from moevlm.reporting_moevlm import headlines, plot_run, run_numbers, table
 from moevlm.tasks_moevlm import draw
 from moevlm.training_moevlm import ModelArguments, MoeVlmTrainer, MoeVlmTrainingArguments, adapt

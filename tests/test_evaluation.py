@@ -1,5 +1,5 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
-"""Samples, batched answers, scores and their intervals, the floor, the page of samples."""
+"""Samples, batched answers, scores and their intervals, the floor."""
 
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from transformers import GenerationConfig
 from moevlm.evaluation_moevlm import (
     Rules,
     bootstrap_interval,
-    draw_samples,
     predict,
     reference_agreement,
     samples_from,
@@ -402,15 +401,3 @@ def test_the_interval_is_seeded_and_a_certain_score_has_none():
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
     assert bootstrap_interval(values, seed=3) != bootstrap_interval(np.arange(5.0), seed=3)
     assert bootstrap_interval([100.0] * 9) == [100.0, 100.0]
-
-
-def test_the_page_shows_samples_of_every_task(tmp_path):
-    records = [vqa(str(at), "What costs $5 and $6?", "red") for at in range(30)]
-    records += [chat("d", "What?", "a dog"), caption("c", ["a $ sign"])]
-    samples = samples_from(records)
-    draw_samples(samples, ["red $x$"] * len(samples), str(tmp_path / "page.part"))
-    with Image.open(tmp_path / "page.part") as page:
-        assert page.format == "PNG"
-        pixels = np.asarray(page.convert("RGB"))
-    frames = {"red": (192, 39, 29), "blue": (31, 78, 140)}
-    assert all((np.abs(pixels - np.array(colour)).max(-1) < 3).sum() > 500 for colour in frames.values())

@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from asked_records import caption, chat, vqa
 from PIL import Image
 
 from moevlm import report_moevlm
-from moevlm.evaluation_moevlm import bootstrap_interval
-from moevlm.report_moevlm import by_kind, page, plot_scores, save_figures, without_interval
+from moevlm.evaluation_moevlm import bootstrap_interval, samples_from
+from moevlm.report_moevlm import by_kind, draw_samples, page, plot_scores, save_figures, without_interval
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 GREEN = (10, 200, 30)
@@ -174,3 +175,16 @@ def test_a_browser_shows_the_page(columns, rows, tmp_path):
     bars = np.abs(pixels - np.array((42, 111, 176))).max(-1) < 3
     assert cards.sum() > 50_000 and bars.sum() > 5_000, "the samples' pictures and the bars are seen"
     assert len({tuple(pixel) for pixel in pixels[:60, :400].reshape(-1, 3)}) > 10, "there is a title"
+
+
+def test_the_page_shows_samples_of_every_task(tmp_path):
+    records = [vqa(str(at), "What costs $5 and $6?", "red") for at in range(30)]
+    records += [chat("d", "What?", "a dog"), caption("c", ["a $ sign"])]
+    samples = samples_from(records)
+    for name, answer in (("page.part", "red $x$"), ("long.part", "red $x$ " * 600)):
+        draw_samples(samples, [answer] * len(samples), str(tmp_path / name))
+    with Image.open(tmp_path / "page.part") as page, Image.open(tmp_path / "long.part") as long:
+        assert page.format == "PNG" and long.size == page.size
+        for pixels in (np.asarray(each.convert("RGB")) for each in (page, long)):
+            for colour in ((192, 39, 29), (31, 78, 140)):  # the frames of a wrong answer and of a caption
+                assert (np.abs(pixels - np.array(colour)).max(-1) < 3).sum() > 500

@@ -83,7 +83,7 @@ def evaluate(checkpoint, mixture, tmp_path, monkeypatch):
         out = tmp_path / folder
         if not drawn:
             monkeypatch.setattr(run_eval.report, "plot_scores", lambda *given: {})
-            monkeypatch.setattr(run_eval.evaluation, "draw_samples", lambda samples, said, path: Path(path).touch())
+            monkeypatch.setattr(run_eval.report, "draw_samples", lambda samples, said, path: Path(path).touch())
         arguments = ["--model_name_or_path", model, "--data", data, "--output_dir", str(out), "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["run_eval.py", *arguments, "--max_new_tokens", "3", *flags])
         run_eval.main()
