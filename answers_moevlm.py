@@ -287,17 +287,21 @@ def idf_table(path: Path, train: Sequence[Any], make: Callable[[Sequence[Sequenc
 def read_details(path: Path) -> list[dict[str, Any]]:
     """The answers and scores of a finished run: of its folder, or of one of its `predictions_<task>.json`.
 
+    Each answer's `rules` are those that its scores depend on: "idf" (see `evaluation_moevlm.score`) and "normalize".
+
     Raises:
-        FileNotFoundError: There is no samples.jsonl.
+        FileNotFoundError: There is no samples.jsonl or metrics.json.
     """
     folder, task = (path, None) if path.is_dir() else (path.parent, path.stem.removeprefix("predictions_"))
-    file = folder / "samples.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{path}: no samples.jsonl beside it; score it first: run_eval.py --predictions {path} --output_dir …"
-        )
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    return [row for row in rows if task in (None, row["task"])]
+    for name in ("samples.jsonl", "metrics.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{path}: no {name} beside it; score it first: run_eval.py --predictions {path} --output_dir …"
+            )
+    results = read_json(folder / "metrics.json")
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [row for row in map(json.loads, filter(None, lines)) if task in (None, row["task"])]
+    return [row | {"rules": {name: results[row["task"]].get(name) for name in ("idf", "normalize")}} for row in rows]
 
 
 def replace(path: Path, save: Callable[[Path], Any]) -> None:

@@ -16,6 +16,7 @@ def compare(
     *,
     interval: Callable[[np.ndarray, Statistic], Sequence[float]],
     statistic_of: Callable[[str], Statistic],
+    cider: Any,
 ) -> dict[str, Any]:
     """Second minus first, for each score of each task that both runs have, over the samples that both answered.
 
@@ -23,9 +24,11 @@ def compare(
     than the scores' own intervals suggest (Koehn 2004, "Statistical Significance Tests for Machine Translation").
 
     Args:
-        first: Answers with their scores, as `run_eval.py` writes them into samples.jsonl; second likewise.
+        first: Answers with their scores and rules, as `answers_moevlm.read_details` gives them; second likewise.
         interval: The bootstrap interval of a statistic of means, of one row for each sample.
         statistic_of: What makes the score of that name of the means of its samples' rows.
+        cider: The loaded metric. Where one run has captions that the other lacks, the shared ones are scored anew: the
+            document frequencies of each run's CIDEr come from all of its references.
 
     Returns:
         By task: `scores` with first, second, difference, interval_95, n and the numbers of samples on which the second
@@ -33,14 +36,14 @@ def compare(
         that only one run has.
 
     Raises:
-        ValueError: The runs share no sample, or the same id has another question or truth.
+        ValueError: The runs share no sample, the same id has another question or truth, or the rules differ.
     """
     runs = [{(row["task"], row["id"]): row for row in rows} for rows in (first, second)]
     shared = [key for key in runs[0] if key in runs[1]]
     if not shared:
         raise ValueError(f"the {len(first)} and {len(second)} answers share no sample; score both on the same data")
-    other = [key for key in shared if any(runs[0][key][name] != runs[1][key][name] for name in ("question", "target"))]
-    if other:
+    names = ("question", "target", "references", "answers")
+    if other := [key for key in shared if any(runs[0][key][name] != runs[1][key][name] for name in names)]:
         raise ValueError(
             f"{len(other)} samples have another question or truth in the second run, such as {' '.join(other[0])}; "
             "score both on the same data and task files"
@@ -48,6 +51,11 @@ def compare(
     result = {}
     for task in dict.fromkeys(task for task, _ in shared):
         pairs = [(runs[0][key], runs[1][key]) for key in shared if key[0] == task]
+        unpaired = [
+            [key[1] for key in run if key[0] == task and key not in theirs] for run, theirs in (runs, runs[::-1])
+        ]
+        if _rules(task, *pairs[0])["idf"] is None and any(unpaired) and "CIDEr" in pairs[0][0]["scores"]:
+            pairs = _scored_anew(pairs, cider)
         names = [name for name in pairs[0][0]["scores"] if name != "CIDEr_references"]
         names += sorted({name for pair in pairs for name in pair[0]["scores"]} - {*names, "CIDEr_references"})
         scored = {
@@ -55,15 +63,34 @@ def compare(
             for name in names
             if any(name in a["scores"] and name in b["scores"] for a, b in pairs)
         }
-        unpaired = [
-            [key[1] for key in run if key[0] == task and key not in theirs] for run, theirs in (runs, runs[::-1])
-        ]
         result[task] = {
             "scores": scored,
             "changed": _changed(pairs),
             "unpaired": dict(zip(("first", "second"), unpaired, strict=True)),
         }
     return result
+
+
+def _rules(task: str, first: Row, second: Row) -> Mapping[str, Any]:
+    """The rules that both runs of a task were scored by."""
+    for name, value in first["rules"].items():
+        if value != second["rules"][name]:
+            raise ValueError(
+                f"{task}: {name} is {value!r} in the first run and {second['rules'][name]!r} in the second; score both "
+                f"with the same --{name} (run_eval.py --predictions scores answers anew)"
+            )
+    return first["rules"]
+
+
+def _scored_anew(pairs: Sequence[tuple[Row, Row]], cider: Any) -> list[tuple[Row, Row]]:
+    """The pairs with CIDEr by the document frequencies of just these samples."""
+    references = [row["references"] or [row["target"]] for row, _ in pairs]
+    sides = []
+    for rows in zip(*pairs, strict=True):
+        said = [row["prediction"] for row in rows]
+        values = cider.compute(predictions=said, references=references, per_item=True)["per_item"]
+        sides.append([{**row, "scores": row["scores"] | {"CIDEr": value}} for row, value in zip(rows, values)])
+    return list(zip(*sides, strict=True))
 
 
 def _difference(

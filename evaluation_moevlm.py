@@ -1,6 +1,7 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """What a finished model says about pictures, how good that is, and how sure we are of it."""
 
+import json
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -238,8 +239,9 @@ def score(
     Returns:
         By metric, each with n, the number of samples, and n_by_score: not every sample has every score.
         CIDEr: CIDEr, what people's captions score against the others (CIDEr_references), and what a copy of each
-            picture's best one would (CIDEr_ceiling), 0..10; BLEU-1..4 and ROUGE-L, 0..1.
-        vqa_accuracy: vqa_accuracy, exact_match, per_answer_type, per_question_type (percent).
+            picture's best one would (CIDEr_ceiling), 0..10; BLEU-1..4 and ROUGE-L, 0..1; idf, the digest of the table
+            of document frequencies, or None where they come from the scored references.
+        vqa_accuracy: vqa_accuracy, exact_match, per_answer_type, per_question_type (percent), normalize (the rule).
         turn_accuracy: turn_accuracy, refers_back_accuracy, token_f1 (percent).
     """
     return score_each(samples, predictions, metrics, seed=seed, rules=Rules())[0]
@@ -280,7 +282,8 @@ def _score_captions(samples, predictions, metrics, rules):
     items["BLEU-4"] = [
         (*each["matches"], *each["possible"], each["length"], each["reference_length"]) for each in counts
     ]
-    values = {"CIDEr": cider["CIDEr"], "CIDEr_ceiling": cider["ceiling"], **overlap}
+    digest = None if table is None else f"{zlib.crc32(json.dumps(table, sort_keys=True).encode()):08x}"
+    values = {"CIDEr": cider["CIDEr"], "CIDEr_ceiling": cider["ceiling"], "idf": digest, **overlap}
     if agreement := reference_agreement(references, metrics["cider"], table):
         values["CIDEr_references"], remaining = (float(np.mean(agreement)), iter(agreement))
         items["CIDEr_references"] = [next(remaining) if len(each) > 1 else None for each in references]

@@ -137,8 +137,8 @@ def compare_runs():
     parser.add_argument("runs", nargs=2, help="Output folders of run_eval.py, or a predictions_<task>.json in each.")
     args, given = parser.parse_args_into_dataclasses(sys.argv[2:])
     first, second = (answers.read_details(Path(path)) for path in given.runs)
-    interval = partial(evaluation.bootstrap_interval, seed=args.seed)
-    found = compare(first, second, interval=interval, statistic_of=evaluation.statistic_of)
+    rules = {"statistic_of": evaluation.statistic_of, "cider": evaluate.load(str(ROOT / "metrics/cider"))}
+    found = compare(first, second, interval=partial(evaluation.bootstrap_interval, seed=args.seed), **rules)
     print(as_text(found, given.runs, shown=args.shown))
     if args.output:
         text = json.dumps(found, indent=1, ensure_ascii=False)

@@ -2,19 +2,33 @@
 """The paired comparison of two runs against plain arithmetic."""
 
 from functools import partial
+from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 
 from moevlm.comparison_moevlm import as_text, compare
 from moevlm.evaluation_moevlm import bootstrap_interval, statistic_of
 
-HAND_IN = {"interval": bootstrap_interval, "statistic_of": statistic_of}
+CIDER = evaluate.load(str(Path(__file__).resolve().parent.parent / "metrics/cider"))
+HAND_IN = {"interval": bootstrap_interval, "statistic_of": statistic_of, "cider": CIDER}
 
 
 def row(name, score, prediction="red", task="vqa", **scores):
     told = {"task": task, "id": name, "metric": "vqa_accuracy", "question": "What?", "target": "red"}
+    told |= {"references": [], "answers": [["red", 10]], "rules": {"idf": None, "normalize": "official"}}
     return told | {"prediction": prediction, "scores": {"vqa_accuracy": score, **scores}}
+
+
+def captions(said, references):
+    """A run's captions, with CIDEr as a run of just these gives it."""
+    values = CIDER.compute(predictions=said, references=references, per_item=True)["per_item"]
+    return [
+        row(str(at), 0, prediction=text, task="caption")
+        | {"metric": "CIDEr", "references": each, "scores": {"CIDEr": value}}
+        for at, (text, each, value) in enumerate(zip(said, references, values))
+    ]
 
 
 def rows(scores):
@@ -89,8 +103,33 @@ def test_samples_of_one_run_only_are_named():
 def test_runs_of_different_data_are_refused():
     with pytest.raises(ValueError, match="share no sample"):
         compare(rows([1]), [row("other", 1)], **HAND_IN)
-    with pytest.raises(ValueError, match="1 samples have another question or truth in the second run, such as vqa 0"):
-        compare(rows([1]), [rows([1])[0] | {"target": "blue"}], **HAND_IN)
+    for other in ({"target": "blue"}, {"references": ["blue"]}, {"answers": [["red", 9]]}):
+        with pytest.raises(ValueError, match="1 samples have another question or truth .* such as vqa 0"):
+            compare(rows([1]), [rows([1])[0] | other], **HAND_IN)
+
+
+def test_captions_of_other_sets_are_scored_by_the_shared_ones():
+    references = [[f"a {colour} {thing} lies here"] for colour in ("red", "blue") for thing in ("box", "ball", "hat")]
+    said = ["a red box lies here", "a blue ball", "a red hat", "a blue box lies here", "a ball", "a hat lies here"]
+    few = captions(said[:3], references[:3])
+    many = captions(["a blue box", *said[1:]], references)
+    assert few[1]["scores"] != many[1]["scores"], "each run's document frequencies are its own"
+    found = compare(few, many, **HAND_IN)["caption"]
+    expected = captions(["a blue box", *said[1:3]], references[:3])
+    score, gain = found["scores"]["CIDEr"], expected[0]["scores"]["CIDEr"] - few[0]["scores"]["CIDEr"]
+    assert (score["wins"], score["ties"], score["losses"], score["n"]) == (0, 2, 1, 3)
+    assert score["difference"] == pytest.approx(gain / 3) and found["changed"][0]["gain"] == pytest.approx(gain)
+    table = [[each | {"rules": {"idf": "0a", "normalize": "official"}} for each in run] for run in (few, many)]
+    kept = compare(*table, **HAND_IN)["caption"]["scores"]["CIDEr"]
+    assert kept["ties"] == 0, "with one table of document frequencies the scores stand"
+
+
+@pytest.mark.parametrize(("name", "value"), [("idf", "0a"), ("normalize", "always")])
+def test_runs_of_other_rules_are_refused(name, value):
+    first, second = rows([1]), rows([1])
+    second[0]["rules"] = second[0]["rules"] | {name: value}
+    with pytest.raises(ValueError, match=f"vqa: {name} is .* in the first run and '{value}' in the second"):
+        compare(first, second, **HAND_IN)
 
 
 def test_tasks_are_compared_apart():
@@ -113,7 +152,7 @@ def test_what_only_rounding_changes_is_not_sure():
 def test_the_text_shows_the_table_and_the_largest_changes():
     interval = partial(bootstrap_interval, seed=1)
     first, second = rows([100] * 30 + [0] * 2), rows([100] * 20 + [0] * 10 + [100] * 2)
-    text = as_text(compare(first, second, interval=interval, statistic_of=statistic_of), ("old", "new"), shown=2)
+    text = as_text(compare(first, second, **HAND_IN | {"interval": interval}), ("old", "new"), shown=2)
     assert "93.75  68.75  -25.00" in text and "2/20/10" in text
     assert text.count("  lost -100.00") == 2 and text.count("  won +100.00") == 2
     assert "old: says 100" in text and "new: says 0" in text and "vqa: 12 answers changed" in text
