@@ -152,11 +152,12 @@ def places_of(known: Mapping[Key, str], column: str, samples: Sequence[Any]) -> 
 def settings_of(args: Any, tasks: Sequence[Any], samples: Sequence[Any]) -> dict[str, Any]:
     """What answers depend on; answers of runs that differ in one of these must not be mixed."""
     names = ("model_name_or_path", "batch_size", "num_shots", "max_new_tokens", "seed", "dtype")
-    weights = [path.stat() for path in sorted(Path(args.model_name_or_path or "").glob("*.safetensors"))]
-    asked = repr([(sample.task, sample.id, sample.prompt) for sample in samples])
+    folder, kinds = Path(args.model_name_or_path), ("*config*.json", "*token*", "*.jinja", "*.safetensors", "*.bin")
+    files = {path.name: path.stat() for kind in kinds for path in sorted(folder.glob(kind))}
+    asked = repr([(sample.task, sample.id, sample.prompt, sample.version) for sample in samples])
     return {name: getattr(args, name) for name in names} | {
         "limits": {task.name: task.max_new_tokens for task in tasks},
-        "weights": [[status.st_size, status.st_mtime_ns] for status in weights],
+        "files": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
         "samples": f"{len(samples)} with digest {zlib.crc32(asked.encode()):08x}",
     }
 

@@ -41,6 +41,7 @@ class Sample(NamedTuple):
     answer_type: str | None = None
     turn: int | None = None
     refers_back: bool = False
+    version: str = ""  # of the stored data that it was read from: changes with the data's words and pictures
 
     @property
     def num_images(self) -> int:
@@ -71,7 +72,7 @@ def samples_from(dataset: Iterable[Mapping[str, Any]]) -> list[Sample]:
     for row, record in enumerate(dataset.remove_columns("images") if lazy else dataset):
         read = (lambda row=row: dataset[row]["images"]) if lazy else (lambda record=record: record["images"])
         samples += _record_samples(record, read)
-    return samples
+    return [one._replace(version=dataset._fingerprint) for one in samples] if lazy else samples
 
 
 def _record_samples(record: Mapping[str, Any], read_images: Callable[[], list[Image.Image]]) -> Iterator[Sample]:
@@ -196,7 +197,9 @@ def _answer(
     inputs = {name: value.to(model.device, dtypes[name]) for name, value in inputs.items()}
     # None silences a checkpoint's sampling settings, which greedy decoding would warn about.
     settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    settings["repetition_penalty"] = 1.0  # one that a checkpoint brings is a penalty on words of the question too
+    # Nor what else a checkpoint brings that turns the likeliest token down; the penalty is on the question's words too.
+    settings |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_return_sequences": 1}
+    settings |= {"min_new_tokens": 0, "min_length": 0}
     if model.generation_config.eos_token_id is None:
         settings["eos_token_id"] = tokenizer.eos_token_id
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -188,5 +188,7 @@ def _after(sample: Any, shots: Sequence[Any]) -> Any:
     # Only the pictures' readers are kept: the examples of a large test part need not fit in memory.
     readers = [*shots, sample]
     return sample._replace(
-        prompt=system + turns + own, read_images=lambda: [one for each in readers for one in each.images]
+        prompt=system + turns + own,
+        read_images=lambda: [one for each in readers for one in each.images],
+        version=" ".join(dict.fromkeys(each.version for each in readers)),
     )

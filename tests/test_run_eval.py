@@ -294,6 +294,32 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(evaluate, monkeypatch, batc
     assert not (out / "partial").exists()
 
 
+def test_going_on_with_another_checkpoint_or_other_pictures_is_refused(
+    evaluate, checkpoint, mixture, monkeypatch, tmp_path
+):
+    given = {"model": str(tmp_path / "model"), "data": str(tmp_path / "data/mixture.yaml")}
+    shutil.copytree(checkpoint, given["model"])
+    shutil.copytree(Path(mixture).parent, tmp_path / "data")
+    with monkeypatch.context() as patch:
+        killed_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("--batch_size", "4", **given)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("--batch_size", "4", "--resume", **given)
+    picture = tmp_path / "data/red.png"
+    kept = picture.read_bytes(), picture.stat()
+    Image.new("RGB", (50, 40), "green").save(picture)
+    with pytest.raises(ValueError, match=r"answers of another run: samples="):
+        evaluate("--batch_size", "4", "--resume", **given)
+    picture.write_bytes(kept[0])
+    os.utime(picture, ns=(kept[1].st_atime_ns, kept[1].st_mtime_ns))
+    (Path(given["model"]) / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"answers of another run: files="):
+        evaluate("--batch_size", "4", "--resume", **given)
+
+
 def test_going_on_with_other_settings_is_refused(evaluate, monkeypatch):
     with monkeypatch.context() as patch:
         killed_after(patch, 1)
