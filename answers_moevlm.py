@@ -183,7 +183,7 @@ def read_answers(path: Path, samples: Sequence[Any]) -> tuple[dict[tuple[str, st
             and is then of the only task with its keys.
 
     Raises:
-        ValueError: A file that is not a list of such rows, or of no task.
+        ValueError: A file that is not a list of such rows, or of no task, or no answer to any of the samples.
     """
     files = sorted(path.glob("predictions_*.json")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
@@ -201,6 +201,8 @@ def read_answers(path: Path, samples: Sequence[Any]) -> tuple[dict[tuple[str, st
                 twice.append(" ".join(key))
             else:
                 answers[key] = answer
+    if not answers:
+        raise ValueError(f"predictions={path}: no row answers any of the {len(samples)} samples; check its ids, --data")
     missing = [f"{sample.task} {sample.id}" for sample in samples if (sample.task, sample.id) not in answers]
     found = [
         Problem("files of no asked task", [file.name for file in others]),

@@ -180,10 +180,11 @@ def render_card(template: str, facts: CardFacts) -> str:
 
 def _scores(results: Mapping[str, Any]):
     """Task, name, value and interval of each score; CIDEr of people's own captions is no score of the model."""
-    for task, scores in ((task, results[task]) for task in TASKS if task in results):
-        for name, interval in scores["interval_95"].items():
+    scored = [task for task, scores in results.items() if isinstance(scores, Mapping) and "interval_95" in scores]
+    for task in sorted(scored, key=[*TASKS, *scored].index):
+        for name, interval in results[task]["interval_95"].items():
             if name != "CIDEr_references":
-                yield task, name, scores[name], interval
+                yield task, name, results[task][name], interval
 
 
 def _results(facts: CardFacts) -> str:
@@ -195,7 +196,9 @@ def _results(facts: CardFacts) -> str:
         beside = [facts.metrics[column].get(task, {}).get(name) for column in references]
         beside = ["" if other is None else f"{other:.4g}" for other in beside]
         size = f"{facts.metrics[task].get('n_by_score', {}).get(name, facts.metrics[task]['n']):,}"
-        rows.append([TASKS[task], name, f"**{value:.4g}**", f"{low:.4g} .. {high:.4g}", size, *beside])
+        rows.append([TASKS.get(task, task), name, f"**{value:.4g}**", f"{low:.4g} .. {high:.4g}", size, *beside])
+    if not rows:
+        return "Not measured: `metrics.json` holds no scores."
     header = ["Task", "Score", "Value", "95 % interval", "n", *(name.replace("_", " ") for name in references)]
     notes = [
         "Accuracies and F1 are percentages. CIDEr is on coco-caption's scale, 0..10 (papers print it times 100); BLEU "
@@ -220,7 +223,10 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
     where |= {"dataset_type": "-".join(names) or "held-out", "dataset_name": " + ".join(names) or "held-out data"}
     return [
         EvalResult(
-            metric_type=name.lower(), metric_name=f"{name} ({TASKS[task]})", metric_value=round(value, 4), **where
+            metric_type=name.lower(),
+            metric_name=f"{name} ({TASKS.get(task, task)})",
+            metric_value=round(value, 4),
+            **where,
         )
         for task, name, value, _ in _scores(facts.metrics or {})
     ]

@@ -18,6 +18,8 @@ from .records_moevlm import check_known
 FOLDER = Path(__file__).resolve().parent
 READS = ("caption", "vqa", "chat")
 METRICS = ("CIDEr", "vqa_accuracy", "turn_accuracy")
+# What metrics.json holds beside the tasks.
+TAKEN = ("blind", "text_only", "question_only", "problems", "run", "training")
 
 
 @dataclass
@@ -96,7 +98,8 @@ def load_tasks(names: Sequence[str], folder: Path) -> list[Task]:
     """The tasks of these names (files of the folder) or paths; all of the folder's where no name is given.
 
     Raises:
-        ValueError: An unknown task, key, record kind or metric, or a value of the wrong kind.
+        ValueError: An unknown task, key, record kind or metric, a value of the wrong kind, or a name that metrics.json
+            uses for something else.
     """
     known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     tasks = []
@@ -105,6 +108,8 @@ def load_tasks(names: Sequence[str], folder: Path) -> list[Task]:
         if not path.is_file():
             raise ValueError(f"tasks: {name!r} is unknown; use {', '.join(known)} or the path of a task's YAML file")
         tasks.append(_task(path))
+    if taken := [task.name for task in tasks if task.name in TAKEN]:
+        raise ValueError(f"tasks: metrics.json has something else under {', '.join(taken)}; rename the file")
     if twice := [name for name, count in Counter(task.name for task in tasks).items() if count > 1]:
         raise ValueError(f"tasks: {', '.join(twice)} is asked for twice; name each task once")
     return tasks

@@ -141,6 +141,12 @@ def test_a_folders_file_of_no_asked_task_is_named_and_never_taken_for_another(tm
     assert [str(problem) for problem in problems] == ["1 files of no asked task: predictions_short.json"]
 
 
+def test_predictions_none_of_which_fits_are_refused(tmp_path, samples):
+    (tmp_path / "predictions_caption.json").write_text(json.dumps([{"image_id": 99, "caption": "c"}]))
+    with pytest.raises(ValueError, match="no row answers any of the 5 samples; check its ids"):
+        answers.read_answers(tmp_path / "predictions_caption.json", samples)
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

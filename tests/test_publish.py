@@ -249,6 +249,14 @@ def test_a_checkpoint_without_scores_says_so_on_its_card(checkpoint, monkeypatch
     assert "Not measured" in card and "model-index" not in card
 
 
+def test_the_card_holds_scores_of_tasks_of_ones_own():
+    own = {"ocr": METRICS["vqa"], "blind": {"ocr": METRICS["blind"]["vqa"]}, "problems": [], "run": {}}
+    card = render_card(TEMPLATE, FACTS._replace(metrics=own))
+    assert "| ocr | vqa_accuracy | **98.25** | 97 .. 99 | 1,200 |" in card and "vqa_accuracy (ocr)" in card
+    nothing = render_card(TEMPLATE, FACTS._replace(metrics={"problems": [], "run": {}}))
+    assert "Not measured: `metrics.json` holds no scores." in nothing and "model-index" not in nothing
+
+
 def test_the_card_holds_every_score_with_interval_size_and_what_blindness_gives():
     card = render_card(TEMPLATE, FACTS)
     assert "| questions | vqa_accuracy | **98.25** | 97 .. 99 | 1,200 | 31.5 |" in card

@@ -52,6 +52,13 @@ def test_the_tasks_of_the_repository_ask_as_training_scores():
         assert task.metric == METRICS[task.name] and task.max_new_tokens == MAX_NEW_TOKENS[task.name]
 
 
+@pytest.mark.parametrize("name", ["run", "problems", "blind", "text_only", "question_only"])
+def test_a_task_does_not_take_another_entrys_name(tmp_path, name):
+    path = write_task(tmp_path, name)
+    with pytest.raises(ValueError, match=f"metrics.json has something else under {name}; rename the file"):
+        load_tasks([path], TASKS)
+
+
 def test_only_the_named_tasks_are_loaded_in_the_order_of_their_names():
     assert [task.name for task in load_tasks(["vqa", "caption"], TASKS)] == ["vqa", "caption"]
 
