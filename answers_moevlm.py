@@ -251,11 +251,10 @@ def write(folder: Path, samples: Sequence[Any], details: Sequence[Mapping[str, A
     results_before = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
     for name in {f"predictions_{task}.json" for task in results_before} - set(contents):
         (folder / name).unlink(missing_ok=True)
-    texts = {name: json.dumps(content, indent=1, ensure_ascii=False) for name, content in contents.items()}
-    texts["samples.jsonl"] = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in details)
-    texts["metrics.json"] = json.dumps(results, indent=1, ensure_ascii=False)
-    for name, text in texts.items():
-        replace(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in details)
+    replace(folder / "samples.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    for name, content in (contents | {"metrics.json": results}).items():
+        write_json(folder / name, content)
 
 
 def detail(sample: Any, answer: str, scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,6 +304,12 @@ def read_details(path: Path) -> list[dict[str, Any]]:
     lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [row for row in map(json.loads, filter(None, lines)) if task in (None, row["task"])]
     return [row | {"rules": {name: results[row["task"]].get(name) for name in ("idf", "normalize")}} for row in rows]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON that people can read, whole or not at all."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    replace(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def replace(path: Path, save: Callable[[Path], Any]) -> None:

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
+from transformers.utils import logging
 
 from .processing_moevlm import start_is_written, to_rgb
 
+logger = logging.get_logger(__name__)
 # Limits, not lengths: generation stops at the end token. COCO captions rarely pass 40 tokens, VQA answers 5.
 MAX_NEW_TOKENS = {"caption": 64, "vqa": 16, "chat": 64}
 TASKS = tuple(MAX_NEW_TOKENS)
@@ -204,6 +206,12 @@ def _answer(
         settings["eos_token_id"] = tokenizer.eos_token_id
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     tokens = model.generate(**inputs, **settings, pad_token_id=pad, max_new_tokens=max_new_tokens, use_cache=True)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and inputs["input_ids"].shape[1] + max_new_tokens > positions:
+        logger.warning_once(
+            f"a prompt and its answer of {max_new_tokens} tokens pass the model's {positions} positions, beyond which "
+            "it says little; give fewer worked examples or shorter prompts"
+        )
     prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     texts = processor.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -442,7 +442,8 @@ class MoeVlmModel(MoeVlmPreTrainedModel):
             if wanted != given:
                 raise ValueError(
                     f"input_ids has {wanted} image placeholders, but {image_tokens.shape[0]} pictures give {given} "
-                    f"image tokens ({image_tokens.shape[1]} each); build both with the processor"
+                    f"image tokens ({image_tokens.shape[1]} each); build both with the processor, and pass them whole "
+                    "(without prefill_chunk_size)"
                 )
         positions = image_positions.to(inputs_embeds.device).unsqueeze(-1).expand_as(inputs_embeds)
         return inputs_embeds.masked_scatter(positions, image_tokens.to(inputs_embeds))

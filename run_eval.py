@@ -9,7 +9,6 @@
 Writes metrics.json, predictions_<task>.json, samples.jsonl (each sample's scores), report.html, plots/ and samples.png.
 """
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -54,7 +53,9 @@ def main():
         problems += wrong
     scorers = load_scorers(args, train) if state.is_main_process else None
     if not args.predictions:
-        columns, told = answer(args, tasks, samples, train, state)
+        with answers.warnings_of("moevlm") as heard:
+            columns, told = answer(args, tasks, samples, train, state)
+        notes += heard
     if state.is_main_process:
         columns |= {"question_only": commonest_answers(train, samples)} if args.blind else {}
         problems += answers.empty_answers(samples, columns[args.part])
@@ -141,8 +142,7 @@ def compare_runs():
     found = compare(first, second, interval=partial(evaluation.bootstrap_interval, seed=args.seed), **rules)
     print(as_text(found, given.runs, shown=args.shown))
     if args.output:
-        text = json.dumps(found, indent=1, ensure_ascii=False)
-        answers.replace(Path(args.output), lambda path: path.write_text(text, encoding="utf-8"))
+        answers.write_json(Path(args.output), found)
 
 
 if __name__ == "__main__":

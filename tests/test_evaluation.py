@@ -14,6 +14,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import GenerationConfig
 
+from moevlm.answers_moevlm import warnings_of
 from moevlm.evaluation_moevlm import (
     Rules,
     bootstrap_interval,
@@ -166,6 +167,17 @@ def test_a_task_without_a_limit_of_its_own_takes_the_one_for_all(processor):
     model = Parrot(processor.tokenizer)
     predict(model, processor, samples, batch_size=1, max_new_tokens=7)
     assert model.calls[0]["max_new_tokens"] == 7
+
+
+def test_a_prompt_beyond_the_models_positions_is_told(processor):
+    samples = samples_from([vqa("q", "what", "red")])
+    model = Parrot(processor.tokenizer)
+    with warnings_of("moevlm") as heard:
+        predict(model, processor, samples, batch_size=1, max_new_tokens=4)
+        assert not heard
+        model.config.text_config.max_position_embeddings = 12
+        predict(model, processor, samples, batch_size=1, max_new_tokens=4)
+    assert len(heard) == 1 and "its answer of 4 tokens pass the model's 12 positions" in heard[0]
 
 
 @pytest.mark.parametrize(
