@@ -7,15 +7,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig, Trainer, TrainingArguments
 
 from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmForConditionalGeneration
@@ -189,14 +190,19 @@ def read_config(path: str) -> MoeVlmConfig:
         given = fields if kind is MoeVlmConfig else fields.get(part, {})
         if not isinstance(given, dict):
             raise ValueError(f"config={path}: {part} is {given!r}; make it an object of fields")
-        known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
-        known |= {*kind().to_dict(), *WRITTEN_BESIDE}
-        known = known | MIRRORS if "rope_parameters" in given else known - MIRRORS
-        for field in sorted(set(given) - known):
-            close = ["rope_parameters"] if field in MIRRORS else difflib.get_close_matches(field, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "take it out"
-            raise ValueError(f"config={path}: {part} has no field {field!r}; {hint}")
+        check_fields(given, kind, f"config={path}: {part}")
     return MoeVlmConfig(**fields)
+
+
+def check_fields(given: Mapping[str, Any], kind: type[PretrainedConfig], place: str) -> None:
+    """Raise `ValueError` for a field that configs of this kind do not have, with the nearest that they have."""
+    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    known |= {*kind().to_dict(), *WRITTEN_BESIDE}
+    known = known | MIRRORS if "rope_parameters" in given else known - MIRRORS
+    for field in sorted(set(given) - known):
+        close = ["rope_parameters"] if field in MIRRORS else difflib.get_close_matches(field, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "take it out"
+        raise ValueError(f"{place} has no field {field!r}; {hint}")
 
 
 def finish(trainer: Trainer) -> nn.Module:
@@ -257,12 +263,14 @@ def whole_folder(output_dir: str, overwrite: bool = False, sources: Iterable[str
         sources: What the new content is made from.
 
     Raises:
-        FileExistsError: `output_dir` is not empty, and `overwrite` does not allow to replace it, or it holds nothing
-            of ours, or one of the sources in a folder below, or it is the folder that the command runs in; or the
-            name for moving it aside is taken.
+        FileExistsError: `output_dir` is a file; or it is not empty, and `overwrite` does not allow to replace it, or it
+            holds nothing of ours, or one of the sources in a folder below, or it is the folder that the command runs
+            in; or the name for moving it aside is taken.
     """
     target = Path(output_dir).resolve()
     incoming, old = (target.with_name(f".{target.name}.{role}") for role in ("incoming", "old"))
+    if target.is_file():
+        raise FileExistsError(f"output_dir={target} is a file; choose another, or remove it")
     if old.exists() and not is_ours(old):
         raise FileExistsError(f"{old}, where output_dir={target} is moved aside, holds no model of ours; rename it")
     shutil.rmtree(incoming, ignore_errors=True)

@@ -32,7 +32,7 @@ def refuse_unknown(family: str | None, source: str) -> None:
 
 
 def is_tied(config: PretrainedConfig) -> bool:
-    """Whether a whole parent's config shares head and embeddings: 4.57 asks its text part, 5.x the whole."""
+    """Whether a parent's config shares head and embeddings: of a whole one 4.57 asks the text part, 5.x the whole."""
     return (config if IS_TRANSFORMERS_5 else config.get_text_config()).tie_word_embeddings
 
 
@@ -252,8 +252,7 @@ def dense_config(
             a tower from scratch.
         vocab_size: Tokens of the tokenizer; the vocabulary grows to it where the parent's is smaller.
         image_token_id: The placeholder's id.
-        tied: Whether a whole parent's checkpoint has no head of its own: its configs say so in two places, of which
-            either transformers line reads another.
+        tied: Whether head and embeddings are one.
         feature_layer: Of a vision parent, see [`vision_fields`]; a whole parent knows its own.
         projector, pixel_shuffle_factor: Of a new connector; the factor is by default the smallest from 2 to 4 that
             divides the patches of a side, else 1.
@@ -270,6 +269,9 @@ def dense_config(
         vision_config = configs["vision"]
         vision_config = getattr(vision_config, "vision_config", vision_config)
         connector = {"projector": projector}
+    own = isinstance(vision_config, dict) or vision_config.model_type.startswith("moevlm")
+    if own and not whole and feature_layer != -1:
+        raise ValueError(f"vision_feature_layer={feature_layer} is for towers of others; ours say num_hidden_layers")
     vision = vision_config if isinstance(vision_config, dict) else vision_fields(vision_config, feature_layer)
     if whole and whole.model_type == "llava":
         vision["use_post_layernorm"] = False  # it reads hidden states, the last one too before the final norm
@@ -277,9 +279,7 @@ def dense_config(
         side = MoeVlmConfig(vision_config=dict(vision)).vision_config.patches_per_side
         fitting = [factor for factor in (2, 3, 4) if side % factor == 0]
         connector["pixel_shuffle_factor"] = pixel_shuffle_factor or (fitting[0] if fitting else 1)
-    text = text_fields(text_config, notes)
-    if whole:
-        text["tie_word_embeddings"] = tied
+    text = text_fields(text_config, notes) | {"tie_word_embeddings": tied}
     if vocab_size > text["vocab_size"]:
         notes.append(f"the vocabulary grows from {text['vocab_size']} to {vocab_size} tokens")
         text["vocab_size"] = vocab_size

@@ -159,22 +159,12 @@ def slices_of(part: Any) -> int:
     return slices if fits and part.routed_scaling_factor == slices else 1
 
 
-def fewer_experts(
-    state: Mapping[str, Tensor], config: MoeVlmConfig, use: Mapping[str, Use], experts: int, way: str = "drop"
-) -> tuple[dict[str, Tensor], MoeVlmConfig]:
-    """State dict and config with the `experts` most visited experts of each decoder layer; slices in whole copies.
-
-    Args:
-        use: Of [`count_use`], by name of the block.
-        way: "drop" leaves the others out; "merge" adds each of them, weighed by visits, to the kept expert whose
-            router row points most nearly the same way; a copy's slices, each to the same slice of the kept copy.
+def check_experts(config: MoeVlmConfig, experts: int) -> int:
+    """n, the slices of a copy, of which each decoder layer can keep `experts` experts.
 
     Raises:
         ValueError: Too few experts to drop any, a copy that would be cut, or experts that are bound to groups or
             modalities.
-
-    Source: merging by routing similarity and use: Li et al. 2023 (arXiv:2310.01334), sec. 3.2, without the alignment
-    of hidden units, which copies of one layer do not need.
     """
     text = config.text_config
     if "sparse" not in text.mlp_layer_types:
@@ -191,6 +181,26 @@ def fewer_experts(
             f"to_experts={experts} is no multiple of the {slices} routed slices of which a copy of the layer is made; "
             f"take one, such as {max(slices, experts // slices * slices)}"
         )
+    return slices
+
+
+def fewer_experts(
+    state: Mapping[str, Tensor], config: MoeVlmConfig, use: Mapping[str, Use], experts: int, way: str = "drop"
+) -> tuple[dict[str, Tensor], MoeVlmConfig]:
+    """State dict and config with the `experts` most visited experts of each decoder layer; slices in whole copies.
+
+    Args:
+        use: Of [`count_use`], by name of the block.
+        way: "drop" leaves the others out; "merge" adds each of them, weighed by visits, to the kept expert whose
+            router row points most nearly the same way; a copy's slices, each to the same slice of the kept copy.
+
+    Raises:
+        ValueError: As [`check_experts`].
+
+    Source: merging by routing similarity and use: Li et al. 2023 (arXiv:2310.01334), sec. 3.2, without the alignment
+    of hidden units, which copies of one layer do not need.
+    """
+    text, slices = config.text_config, check_experts(config, experts)
     state = dict(state)
     for block, part in blocks_of(config).items():
         if part is not text:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .processing_moevlm import start_is_written, to_rgb
@@ -197,21 +198,13 @@ def _answer(
     inputs = processor(text=texts, images=images if any(images) else None, **options)
     dtypes = {name: model.dtype if value.is_floating_point() else None for name, value in inputs.items()}
     inputs = {name: value.to(model.device, dtypes[name]) for name, value in inputs.items()}
-    # None silences a checkpoint's sampling settings, which greedy decoding would warn about.
-    settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    # Nor what else a checkpoint brings that turns the likeliest token down; the penalty is on the question's words too.
-    settings |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_return_sequences": 1}
-    settings |= {"min_new_tokens": 0, "min_length": 0}
-    if model.generation_config.eos_token_id is None:
-        settings["eos_token_id"] = tokenizer.eos_token_id
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    tokens = model.generate(**inputs, **settings, pad_token_id=pad, max_new_tokens=max_new_tokens, use_cache=True)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and inputs["input_ids"].shape[1] + max_new_tokens > positions:
         logger.warning_once(
             f"a prompt and its answer of {max_new_tokens} tokens pass the model's {positions} positions, beyond which "
             "it says little; give fewer worked examples or shorter prompts"
         )
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, use_cache=True)
     prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     texts = processor.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -219,14 +212,20 @@ def _answer(
 
 @contextmanager
 def _answering(model, tokenizer) -> Iterator[None]:
-    """Evaluation mode and left padding; afterwards each part as it was (frozen parts may rest in evaluation mode)."""
+    """Evaluation mode, left padding, greedy decoding; afterwards each part as it was (frozen parts may rest in
+    evaluation mode)."""
     modes, side = [(module, module.training) for module in model.modules()], tokenizer.padding_side
+    brought = model.generation_config
+    # Sampling, penalties, least lengths: whatever a checkpoint brings, the scores are those of its likeliest words.
+    ids = {name: value for name, value in brought.to_dict().items() if name.endswith("token_id") and value is not None}
+    ids = {"eos_token_id": tokenizer.eos_token_id} | ids
+    ids["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.eval()
-    tokenizer.padding_side = "left"
+    model.generation_config, tokenizer.padding_side = GenerationConfig(**ids), "left"
     try:
         yield
     finally:
-        tokenizer.padding_side = side
+        model.generation_config, tokenizer.padding_side = brought, side
         for module, training in modes:
             module.training = training
 

@@ -76,7 +76,8 @@ class UnpackedExperts(nn.ModuleList):
 def unpack_experts(model: nn.Module) -> nn.Module:
     """Replace all stacked experts by linear layers, in place: quantizers and other tools then find them.
 
-    What is frozen stays frozen. Nothing is rounded: [`pack_experts`] gives back the same bits.
+    What is frozen stays frozen. Nothing is rounded: [`pack_experts`] gives back the same bits. Pack before
+    `save_pretrained`: `from_pretrained` builds stacked experts, and finds none in a checkpoint of linear layers.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -149,11 +150,13 @@ def rope_fields(text: MoeVlmTextConfig) -> dict[str, Any]:
 def qwen3_moe_keys(state: Mapping[str, Tensor], stacked: bool = False) -> dict[str, Tensor]:
     """The decoder of a state dict of ours in Qwen3-MoE's naming, every expert by itself; the tensors are views.
 
-    With `stacked`, experts stay stacked, as transformers 5 holds them in memory.
+    A tied head is left out, as in any checkpoint. With `stacked`, experts stay stacked, as transformers 5 holds them in
+    memory.
     """
-    out = {}
+    out, words = {}, state[f"{DECODER}embed_tokens.weight"]
     for key, tensor in state.items():
-        if not key.startswith((DECODER, "lm_head.")):
+        tied = key == "lm_head.weight" and tensor.data_ptr() == words.data_ptr()
+        if tied or not key.startswith((DECODER, "lm_head.")):
             continue
         name = key.replace(DECODER, "model.", 1)
         found = SPARSE_KEY.fullmatch(name)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from .base_moevlm import IS_TRANSFORMERS_5
+from .checkpoints_moevlm import check_fields
 from .configmaps_moevlm import refuse_unknown
-from .configuration_moevlm import MoeVlmConfig
+from .configuration_moevlm import MoeVlmConfig, MoeVlmVisionConfig
 
 try:
     import gguf
@@ -95,8 +96,28 @@ class Parent:
 
     @property
     def tied(self) -> bool:
-        """Whether the checkpoint has no head of its own."""
-        return not any(key.endswith("lm_head.weight") for key in self.weights)
+        """Whether head and embeddings are one. The two configs of a whole parent may disagree, and either line of
+        transformers reads another: then its file says.
+
+        Raises:
+            ValueError: The config ties them, but the file holds two that differ.
+        """
+        configs = self.config, self.config.get_text_config()
+        said = [getattr(config, "tie_word_embeddings", False) for config in configs]
+        head, words = (
+            next((key for key in self.weights if key.endswith(name)), None)
+            for name in ("lm_head.weight", "embed_tokens.weight")
+        )
+        if head is None:
+            return any(said) or configs[0] is not configs[1]
+        if any(said) and torch.equal(self.weights[head], self.weights[words]):
+            return True  # in a .bin file both names may stand
+        if all(said):
+            raise ValueError(
+                f"{self.source}: the config has tie_word_embeddings=true, but {head} of the file is not {words}; say "
+                "false there if the head is meant, or remove it"
+            )
+        return False
 
 
 class Shards(Mapping):
@@ -176,7 +197,7 @@ def open_parents(sources: Mapping[str, str]) -> dict[str, Parent]:
                     f"vision={source} is a {kind} config without weights; give that model's folder or Hub id, or "
                     "fields of MoeVlmVisionConfig for a tower from scratch"
                 )
-            parents[role] = Parent(source, fields.get("vision_config", fields), {}, Path(source).parent)
+            parents[role] = Parent(source, tower_fields(fields, source), {}, Path(source).parent)
         else:
             parents[role] = open_parent(source)
     return parents
@@ -191,7 +212,7 @@ def read_configs(sources: Mapping[str, str]) -> dict[str, PretrainedConfig | dic
     for role, source in sources.items():
         fields = json.loads(Path(source).read_text(encoding="utf-8")) if source.endswith(".json") else {}
         if fields and (role == "vision" and "model_type" not in fields):
-            configs[role] = fields.get("vision_config", fields)
+            configs[role] = tower_fields(fields, source)
         elif fields:
             refuse_unknown(fields.get("model_type"), source)
             configs[role] = known_names(AutoConfig.for_model(**fields))
@@ -200,6 +221,13 @@ def read_configs(sources: Mapping[str, str]) -> dict[str, PretrainedConfig | dic
         else:
             configs[role] = known_names(AutoConfig.from_pretrained(source))
     return configs
+
+
+def tower_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields of a tower from scratch, of its own file or a whole config's; `ValueError` for unknown ones."""
+    fields = fields.get("vision_config", fields)
+    check_fields(fields, MoeVlmVisionConfig, f"vision={source}: the tower")
+    return fields
 
 
 def known_names(config: PretrainedConfig) -> PretrainedConfig:

@@ -232,7 +232,8 @@ def text_stacks(dtype, device):
             if name:
                 config._experts_implementation = name
             model = found[f"Qwen3-MoE {name}".strip()] = transformers.Qwen3MoeForCausalLM(config)
-            model.load_state_dict(qwen3_moe_keys(weights, stacked=IS_TRANSFORMERS_5), assign=True)
+            state = qwen3_moe_keys(weights, stacked=IS_TRANSFORMERS_5) | {"lm_head.weight": weights["lm_head.weight"]}
+            model.load_state_dict(state, assign=True)
     return {name: model.eval() for name, model in found.items()}
 
 

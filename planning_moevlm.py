@@ -88,13 +88,19 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     Memory of states: 16 bytes a learning parameter (float32 weight, gradient and two moments), 4 a frozen one; LoRA
     freezes all and adds its own matrices.
     DDP holds all of it; FSDP2 and ZeRO-3 an N-th, and for a while the largest layer, whole and in half precision, twice
-    (the next one is fetched meanwhile) and, in the backward, its gradients; expert parallelism an N-th of the experts
-    and all the rest. Activations: see [`activation_bytes`], under LoRA [`adapted_bytes`] too; buffers of communication
-    and fragmentation are left out.
+    (the next one is fetched meanwhile) and, in the backward, its gradients; expert parallelism an N-th of the experts,
+    but no less than one of each layer, and all the rest. Activations: see [`activation_bytes`], under LoRA
+    [`adapted_bytes`] too; buffers of communication and fragmentation are left out.
 
     Operations: forward of [`MoeSummary`], at a context of half the sequence on average, of each part times its
     [`passes`], under LoRA with the gradients of adapted experts; those of LoRA's own matrices are left out.
     """
+    positions = config.text_config.max_position_embeddings
+    if not config.image_seq_length < arguments.sequence_length <= positions:
+        raise ValueError(
+            f"sequence_length={arguments.sequence_length} must be above the {config.image_seq_length} tokens of a "
+            f"picture, and at most the decoder's max_position_embeddings={positions}"
+        )
     with torch.device("meta"):
         model = MoeVlmForConditionalGeneration(config)
     adapters = adapter_sizes(model, arguments.lora_rank)
@@ -107,7 +113,9 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     learning = {part_of(name) for name in adapters} or set(PARTS) - set(arguments.freeze)
     counts = passes(learning, arguments)
     total = sum(states.values())
-    experts = sum(size for name, size in states.items() if ".experts." in name)
+    experts = {name: size for name, size in states.items() if ".experts." in name}
+    counted = {part: each.num_experts for part, each in part_configs(config).items()}
+    spread = sum(-(-size // min(arguments.devices, counted[part_of(name)])) for name, size in experts.items())
     stacks = {name: prod(model.get_parameter(name).shape) for name in adapters if ".experts." in name}
     devices, activations = arguments.devices, activation_bytes(config, arguments, counts)
     activations += adapted_bytes(stacks, arguments)
@@ -116,7 +124,7 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
         Memory("DDP", total, 0, activations),
         Memory("FSDP2", -(-total // devices), gathered, activations),
         Memory("ZeRO-3", -(-total // devices), gathered, activations),
-        Memory("expert parallel", total - experts + -(-experts // devices), 0, activations),
+        Memory("expert parallel", total - sum(experts.values()) + spread, 0, activations),
     ]
     sequence = arguments.sequence_length
     connector = 2 * matrix_entries(model)["connector"] * summary.image_tokens

@@ -24,7 +24,7 @@ from moevlm.checkpoints_moevlm import whole_folder
 from moevlm.collating_moevlm import MoeVlmCollator, encode_record
 from moevlm.configmaps_moevlm import dense_config, is_tied
 from moevlm.data_moevlm import load_mixture
-from moevlm.downcycling_moevlm import DowncycleArguments, count_use, made_smaller
+from moevlm.downcycling_moevlm import DowncycleArguments, check_experts, count_use, made_smaller
 from moevlm.keymaps_moevlm import DenseTwin, map_parents
 from moevlm.modeling_moevlm import MoeVlmForConditionalGeneration
 from moevlm.parents_moevlm import Shards, Sources, load_parent, open_parents, read_configs
@@ -102,6 +102,8 @@ def downcycle():
     with whole_folder(args.output_dir, args.overwrite_output_dir, [args.model_name_or_path]) as folder:
         model = MoeVlmForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype="auto").eval()
         processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+        if args.to_experts:
+            check_experts(model.config, args.to_experts)
         batches = batches_of(args, processor)
         use, before = count_use(model, batches)
         state, config, remarks = made_smaller(model.state_dict(), model.config, use, args)
@@ -121,7 +123,7 @@ def downcycle():
 def show_plan():
     sources, recipe, arguments = parse((Sources, upcycling.Recipe, PlanArguments), sys.argv[1:])
     configs = read_configs(sources.roles)
-    tied = "whole" in configs and is_tied(configs["whole"])
+    tied = is_tied(configs.get("whole") or configs["text"])
     dense, notes = dense_config(configs, vocab_size=0, image_token_id=0, tied=tied, **sources.joint)
     config, remarks = upcycling.sparse_config(dense, recipe)
     print("\n".join([plan_table(plan(config, arguments), arguments), *notes, *remarks]))

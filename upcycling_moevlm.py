@@ -62,23 +62,22 @@ class Recipe:
         self.parts, self.moe_layers = (
             value.split() if isinstance(value, str) else list(value) for value in (self.parts, self.moe_layers)
         )
-        for name, value, known in (("mode", {self.mode}, MODES), ("gate", {self.gate}, GATES)):
-            if value - set(known):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
-        if unknown := set(self.parts) - set(PARTS):
-            raise ValueError(f"parts holds {sorted(unknown)}; it takes {', '.join(PARTS)}")
-        if not 0 < self.drop_ratio <= 1:
-            raise ValueError(f"drop_ratio={self.drop_ratio} must lie above 0 and at most 1; mode copy drops nothing")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise={self.noise} must be at least 0 and finite: a share of the standard deviation")
-        if self.mode == "fine_grained" and not 0 <= self.shared < self.granularity:
-            raise ValueError(
-                f"n_shared_experts={self.shared} must be below granularity={self.granularity}: one slice must be routed"
-            )
-        if self.mode == "copy" and self.shared > 1:
-            raise ValueError(f"n_shared_experts={self.shared} must be 0 or 1 in mode copy, where it is a whole copy")
-        if self.mode not in IDENTITY_MODES and self.shared:
-            raise ValueError(f"n_shared_experts={self.shared} goes with mode copy or fine_grained, not {self.mode}")
+        named = (("mode", [self.mode], MODES), ("gate", [self.gate], GATES), ("parts", self.parts, PARTS))
+        for name, given, known in named:
+            if unknown := set(given) - set(known):
+                raise ValueError(f"{name} holds {sorted(unknown)}; it takes {', '.join(known)}")
+        shared, fine = f"n_shared_experts={self.shared}", self.mode == "fine_grained"
+        rules = (
+            (0 < self.drop_ratio <= 1, f"drop_ratio={self.drop_ratio} must be above 0 and at most 1"),
+            (0 <= self.noise < math.inf, f"noise={self.noise} must be at least 0 and finite"),
+            (0 < self.gate_std < math.inf, f"gate_std={self.gate_std} must be above 0 and finite"),
+            (not fine or 0 <= self.shared < self.granularity, f"{shared} must be below granularity={self.granularity}"),
+            (self.mode != "copy" or self.shared <= 1, f"{shared} must be 0 or 1 in mode copy: it is a whole copy"),
+            (self.mode in IDENTITY_MODES or not self.shared, f"{shared} goes with mode copy or fine_grained only"),
+        )
+        for fits, rule in rules:
+            if not fits:
+                raise ValueError(rule)
 
     @property
     def shared(self) -> int:
@@ -132,12 +131,12 @@ def sparse_config(dense: MoeVlmConfig, recipe: Recipe) -> tuple[MoeVlmConfig, li
                 )
         notes.append(f"the decoder's experts are the parent's own ({text['num_experts']}), adopted as they are")
     elif "decoder" in added:
-        text |= {"mlp_layer_types": layer_types_from(recipe.layers, dense.text_config.num_hidden_layers)}
+        text |= {"mlp_layer_types": layers_of(recipe, "decoder", text["num_hidden_layers"])}
         text |= experts_of(recipe, dense.text_config.intermediate_size, recipe.shared)
     if "tower" in added:
         if "sparse" in vision["mlp_layer_types"]:
             raise ValueError("parts names the tower, but the parent's tower has experts already; leave it out")
-        vision |= {"mlp_layer_types": layer_types_from(recipe.layers, dense.vision_config.num_hidden_layers)}
+        vision |= {"mlp_layer_types": layers_of(recipe, "tower", vision["num_hidden_layers"])}
         # A dense layer of the tower has no gate that a slice could share: its slices are all routed.
         vision |= experts_of(recipe, dense.vision_config.intermediate_size, 0) | {"expert_form": "mlp"}
     if "connector" in added:
@@ -146,6 +145,14 @@ def sparse_config(dense: MoeVlmConfig, recipe: Recipe) -> tuple[MoeVlmConfig, li
         width = dense.text_config.hidden_size
         parts["connector_config"] |= experts_of(replace(recipe, mode="copy", n_shared_experts=0), width, 0)
     return MoeVlmConfig(**parts, image_token_id=dense.image_token_id), notes
+
+
+def layers_of(recipe: Recipe, part: str, layers: int) -> list[str]:
+    """The `mlp_layer_types` of a part; raises `ValueError` where the recipe takes none of its layers."""
+    types = layer_types_from(recipe.layers, layers)
+    if "sparse" not in types:
+        raise ValueError(f"moe_layers={recipe.layers!r} takes none of the {part}'s {layers} layers; name some of them")
+    return types
 
 
 def experts_of(recipe: Recipe, width: int, shared: int) -> dict[str, Any]:

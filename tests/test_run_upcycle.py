@@ -623,6 +623,57 @@ def test_a_foreign_config_is_no_tower_from_scratch(parents, command):
         command("--text", parents / "text", "--vision", ROOT / "configs/parents/siglip-base-patch16-224.json")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_misspelt_field_of_a_tower_from_scratch_is_named(whole, parents, command, tmp_path):
+    fields = {"hidden_size": 32, "hiden_act": "gelu"}
+    (tmp_path / "tower.json").write_text(json.dumps({"vision_config": fields} if whole else fields))
+    with pytest.raises(ValueError, match="tower.json: the tower has no field 'hiden_act'; did you mean 'hidden_act'"):
+        command("--text", parents / "text", "--vision", tmp_path / "tower.json")
+    with pytest.raises(ValueError, match="the tower has no field 'hiden_act'"):
+        parents_moevlm.read_configs({"vision": str(tmp_path / "tower.json")})
+
+
+def test_a_feature_layer_of_a_tower_of_ours_is_refused(parents, command):
+    with pytest.raises(ValueError, match="vision_feature_layer=-2 is for towers of others"):
+        command("--text", parents / "text", "--vision", ROOT / "configs" / "tiny.json", "--vision_feature_layer", -2)
+
+
+def test_a_file_in_the_place_of_output_dir_is_named(parents, command, tmp_path):
+    (tmp_path / "made").write_text("mine")
+    with pytest.raises(FileExistsError, match="output_dir=.*made is a file"):
+        command("--text", parents / "text", "--vision", parents / "vision")
+    assert (tmp_path / "made").read_text() == "mine"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_tied_parent_whose_file_has_the_head_too_stays_tied(form, parents, command, tmp_path):
+    folder = copied(parents / "text", tmp_path / "text")
+    weights = dict(Shards(folder))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    made = command("--text", as_bin(folder) if form == "bin" else folder, "--vision", parents / "vision")
+    assert MoeVlmForConditionalGeneration.from_pretrained(made).config.text_config.tie_word_embeddings
+    whole = as_bin(made.rename(tmp_path / "whole"))
+    weights = torch.load(whole / "pytorch_model.bin")
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]  # as torch.save of a model has it
+    torch.save(weights, whole / "pytorch_model.bin")
+    again = command("--model_name_or_path", whole)
+    assert MoeVlmForConditionalGeneration.from_pretrained(again).config.text_config.tie_word_embeddings
+
+
+def test_a_tied_parent_with_another_head_in_its_file_is_refused(parents, command, tmp_path):
+    folder = copied(parents / "text", tmp_path / "text")
+    weights = dict(Shards(folder))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="tie_word_embeddings=true, but lm_head.weight of the file is not model.embed"):
+        command("--text", folder, "--vision", parents / "vision")
+
+
 def on_the_hub(hub, name, folder, **files):
     hub.repos[name] = Repo(private=False)
     hub.repos[name].commit({path.name: path.read_bytes() for path in folder.iterdir()} | files)
@@ -739,7 +790,7 @@ def test_a_gguf_tokenizer_starts_and_ends_as_its_file_says(fields, starts, tmp_p
     assert tokenizer.decode(tokenizer("a red q").input_ids, skip_special_tokens=True) == "a red q"
 
 
-def test_downcycle_writes_losses_counts_and_a_smaller_model(made, command, tmp_path):
+def test_downcycle_writes_losses_counts_and_a_smaller_model(made, command, tmp_path, monkeypatch):
     sparse = made.rename(tmp_path / "sparse")
     data = tmp_path / "data.yaml"
     data.write_text("eval:\n  - {source: scenes, size: 4, seed: 0}\n")
@@ -749,6 +800,10 @@ def test_downcycle_writes_losses_counts_and_a_smaller_model(made, command, tmp_p
     assert report["loss"]["before"] == pytest.approx(report["loss"]["after"], rel=1e-4)  # copies are alike
     assert MoeVlmForConditionalGeneration.from_pretrained(smaller).config.text_config.num_experts == 2
     assert [len(counts) for counts in report["visits"].values()] == [8]
+    monkeypatch.setattr(run_upcycle, "count_use", None)
+    with pytest.raises(ValueError, match="to_experts=8 must be at least 1 and below the 8 there are"):
+        command(*words, "--to_experts", 8, "--overwrite_output_dir")
+    monkeypatch.undo()
     dense = command(*words, "--overwrite_output_dir")
     assert (
         json.loads((dense / "downcycling.json").read_text())["parameters"]["after"]["total"]

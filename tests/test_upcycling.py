@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_config
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -247,8 +248,12 @@ def test_outputs_before_every_varied_layer_are_the_parents(recipe, kept):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"mode": "clone"}, "mode='clone' must be one of copy"),
+        ({"mode": "clone"}, r"mode holds \['clone'\]; it takes copy"),
         ({"parts": ["head"]}, "parts holds"),
+        ({"gate_std": -0.1}, "gate_std=-0.1 must be above 0"),
+        ({"gate_std": float("nan")}, "gate_std=nan must be above 0"),
+        ({"moe_layers": ["none"]}, "moe_layers='none' takes none of the decoder's 3 layers"),
+        ({"moe_layers": ["none"], "parts": ["tower"]}, "takes none of the tower's 2 layers"),
         ({"mode": "fine_grained", "n_shared_experts": 4}, "n_shared_experts=4 must be below granularity=4"),
         ({"mode": "copy", "n_shared_experts": 2}, "n_shared_experts=2 must be 0 or 1 in mode copy"),
         ({"mode": "drop", "n_shared_experts": 1}, "n_shared_experts=1 goes with mode"),
@@ -544,6 +549,18 @@ def test_the_exported_decoder_runs_as_qwen3_moe(moe_layers, inputs):
         torch.testing.assert_close(exported(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_export_is_a_checkpoint_that_transformers_loads(tied, inputs, tmp_path):
+    model = upcycled(dense_model(use_qk_norm=True, head_dim=8, tie_word_embeddings=tied), mode="noise", noise=0.5)
+    transformers.Qwen3MoeConfig(**qwen3_moe_config(model.config)).save_pretrained(tmp_path)
+    save_file(qwen3_moe_keys(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    exported, info = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = inputs["input_ids"].clamp(min=6)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=2e-5)
+
+
 def stacked(state):
     """What transformers 5 makes of per-expert keys while loading."""
     blocks = sorted({key.partition("experts.")[0] for key in state if ".experts." in key})
@@ -584,6 +601,15 @@ def test_spreading_divides_what_it_says(config):
     model = MoeVlmForConditionalGeneration(config)
     experts = 16 * sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert rows["DDP"].states - rows["expert parallel"].states == experts * 3 // 4
+    more = {row.way: row for row in plan(config, PlanArguments(devices=64, sequence_length=24)).memory}
+    # No device holds less than one of a layer's 4 experts.
+    assert more["expert parallel"].states == rows["expert parallel"].states
+
+
+@pytest.mark.parametrize("length", [4, 5000])
+def test_a_plan_for_sequences_that_hold_no_picture_or_pass_the_positions_is_refused(config, length):
+    with pytest.raises(ValueError, match=f"sequence_length={length} must be above the .* max_position_embeddings="):
+        plan(config, PlanArguments(sequence_length=length))
 
 
 def test_checkpointing_keeps_less_and_computes_more(config):
