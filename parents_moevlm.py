@@ -34,6 +34,12 @@ TOWERS = {
     "siglip2": transformers.Siglip2VisionModel,
     "clip": transformers.CLIPVisionModel,
 }
+# transformers 5 saves a tower's keys without the prefix that 4.57 looks for.
+BARE = r"(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
+PREFIXED = {
+    rf"^{BARE}": "vision_model.",
+    rf"^(?:model\.)?vision_tower\.{BARE}": "model.vision_tower.vision_model.",
+}
 
 
 @dataclass
@@ -329,6 +335,9 @@ def load_parent(parent: Parent, role: str) -> nn.Module:
     settings = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
     if role != "vision":  # whose config may be a part of the parent's
         settings["config"] = parent.config
+    if not IS_TRANSFORMERS_5 and (role == "vision" or parent.family == "llava") and parent.family != "moevlm":
+        kind = transformers.LlavaForConditionalGeneration if role == "whole" else loader
+        settings["key_mapping"] = PREFIXED | kind._checkpoint_conversion_mapping
     module, info = loader.from_pretrained(parent.folder, **settings)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(

@@ -330,14 +330,30 @@ def test_a_dense_model_of_ours_is_compared_at_every_position(parent, upcycle, mo
     assert [call.kwargs["routed"] for call in spy.call_args_list] == [False, True]
 
 
-def test_a_parent_whose_weights_are_not_found_is_not_compared_with(parent, upcycle):
-    vision = parent("siglip", VISION_PARENTS["siglip"](), False)
-    file = f"{vision}/model.safetensors"
-    save_file({key.removeprefix("vision_model."): value for key, value in load_file(file).items()}, file)
-    text = text_parent(parent)
-    if IS_TRANSFORMERS_5:  # which writes the short names itself
-        upcycle(text=text, vision=vision)
-        return
+def bare(folder):
+    """The checkpoint with its tower's keys as transformers 5 writes them."""
+    file = f"{folder}/model.safetensors"
+    save_file({key.replace("vision_model.", ""): value for key, value in load_file(file).items()}, file)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2", "clip"])
+def test_a_tower_that_transformers_5_saved_is_a_parent_on_either_line(name, parent, upcycle):
+    folders = {"text": text_parent(parent), "vision": bare(parent(name, VISION_PARENTS[name](), False))}
+    report, _ = upcycle(**folders)
+    check(report, folders)
+
+
+def test_a_llava_that_transformers_5_saved_is_a_parent_on_either_line(parent, upcycle):
+    whole = bare(parent("llava", WHOLE_PARENTS["llava"]()))
+    report, _ = upcycle(model_name_or_path=whole)
+    check(report, {"whole": whole})
+
+
+@pytest.mark.skipif(IS_TRANSFORMERS_5, reason="it finds all names that we do")
+def test_a_parent_whose_weights_are_not_found_is_not_compared_with(parent, upcycle, monkeypatch):
+    monkeypatch.setattr(parents_moevlm, "PREFIXED", {})
+    text, vision = text_parent(parent), bare(parent("siglip", VISION_PARENTS["siglip"](), False))
     with pytest.raises(ValueError, match="does not find .*, which another version saved; .* with --skip_proof"):
         upcycle(text=text, vision=vision)
     upcycle(text=text, vision=vision, skip_proof=True)
