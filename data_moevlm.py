@@ -164,7 +164,7 @@ def _entry(spec: Any, folder: Path, place: str, part: str) -> Entry:
     for key, value in spec.items():
         if key != "source":
             check_known(place, key, known)
-            values[key] = records.value_of(f"{place}: {key}", value, known[key].type, folder, kind.CHOICES.get(key))
+            values[key] = _value_of(f"{place}: {key}", value, known[key].type, folder, kind.CHOICES.get(key))
     missing = [name for name, one in known.items() if one.default is MISSING and name not in values]
     if missing:
         raise ValueError(f"{place}: source {spec['source']} needs {', '.join(missing)}; add it")
@@ -178,3 +178,18 @@ def _entry(spec: Any, folder: Path, place: str, part: str) -> Entry:
     if values.get("shift") and values.get("streaming"):
         raise ValueError(f"{place}: shift={values['shift']} needs stored records; remove it or streaming: true")
     return kind(folder=folder, place=place, **values)
+
+
+def _value_of(place: str, value: Any, kind: Any, folder: Path, choices: tuple | None) -> Any:
+    """Check one value of an entry, and resolve it if it is a path."""
+    accepted = {Path: str, float: int | float}.get(kind, kind)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{place} is {value!r}; it must be {getattr(accepted, '__name__', accepted)}")
+    if choices and value is not None:
+        for one in value if isinstance(value, list) else [value]:
+            check_known(place, one, choices)
+    if kind is not Path:
+        return value
+    if not (folder / value).exists():
+        raise FileNotFoundError(f"{place}: {folder / value} does not exist; paths are relative to the mixture file")
+    return folder / value

@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -258,21 +257,6 @@ class Entry:
         return units if self.size >= len(units) else random.Random(self.seed).sample(units, self.size)
 
 
-def value_of(place: str, value: Any, kind: Any, folder: Path, choices: tuple | None) -> Any:
-    """Check one value of an entry, and resolve it if it is a path."""
-    accepted = {Path: str, float: int | float}.get(kind, kind)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{place} is {value!r}; it must be {getattr(accepted, '__name__', accepted)}")
-    if choices and value is not None:
-        for one in value if isinstance(value, list) else [value]:
-            check_known(place, one, choices)
-    if kind is not Path:
-        return value
-    if not (folder / value).exists():
-        raise FileNotFoundError(f"{place}: {folder / value} does not exist; paths are relative to the mixture file")
-    return folder / value
-
-
 def check_known(place: str, name: Any, known: Iterable[Any]) -> None:
     """Raise for a name that is not known, with the known ones and a guess."""
     known = list(known)
@@ -315,26 +299,6 @@ def listed(path: Path, key: str) -> list[tuple[str, Any]]:
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise ValueError(f"{path}: has no list {key!r}; give a file of the form {{{key!r}: […]}}")
     return [(f"{path}: {key}[{number}]", row) for number, row in enumerate(content[key])]
-
-
-def written(value: Any) -> str:
-    """Give a value of a table as its author wrote it: one blank cell makes 3.0 of every 3 in a column."""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
-
-
-def answers_in(value: Any) -> list[str]:
-    """Give the texts of an answer, of a list of answers (empty ones are padding), or of VQAv2's list of {"answer"}."""
-    values = value if isinstance(value, list) else [value]
-    texts = [one.get("answer") if isinstance(one, dict) else one for one in values]
-    texts = [written(text) for text in texts if isinstance(text, str | int | float)]
-    if not any(texts):
-        raise RowError(f"has no answer ({value!r}); give it one")
-    return [text for text in texts if text or isinstance(values[0], dict)]  # VQAv2: an annotator without an answer
-
-
-def most_common(texts: list[str]) -> str:
-    """Give the most frequent text that is not empty, the first of equals."""
-    return Counter(filter(None, texts)).most_common(1)[0][0]
 
 
 def records_of(units: Iterable[Unit], rows: Rows) -> Iterator[dict[str, Any]]:

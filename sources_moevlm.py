@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +32,26 @@ CAPTION_PROMPT = "Describe the picture."
 LEARNED = {"messages": "chat", "answers": "vqa", "answer": "vqa", "captions": "caption", "caption": "caption"}
 
 logger = logging.getLogger(__name__)
+
+
+def written(value: Any) -> str:
+    """Give a value of a table as its author wrote it: one blank cell makes 3.0 of every 3 in a column."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+
+
+def answers_in(value: Any) -> list[str]:
+    """Give the texts of an answer, of a list of answers (empty ones are padding), or of VQAv2's list of {"answer"}."""
+    values = value if isinstance(value, list) else [value]
+    texts = [one.get("answer") if isinstance(one, dict) else one for one in values]
+    texts = [written(text) for text in texts if isinstance(text, str | int | float)]
+    if not any(texts):
+        raise RowError(f"has no answer ({value!r}); give it one")
+    return [text for text in texts if text or isinstance(values[0], dict)]  # VQAv2: an annotator without an answer
+
+
+def most_common(texts: list[str]) -> str:
+    """Give the most frequent text that is not empty, the first of equals."""
+    return Counter(filter(None, texts)).most_common(1)[0][0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +175,8 @@ class VqaV2(Entry):
         annotated = {}
         for place, row in listed(self.annotations, "annotations"):
             with rows.row(place):
-                answers = records.answers_in(row.get("answers"))
-                main = row.get("multiple_choice_answer") or records.most_common(answers)
+                answers = answers_in(row.get("answers"))
+                main = row.get("multiple_choice_answer") or most_common(answers)
                 types = (row.get("question_type"), row.get("answer_type"))
                 id = need(row, "question_id", int | str)
                 if id in annotated:
@@ -300,7 +320,7 @@ class Hub(Entry):
             if (id := named.pop("id", None)) in (None, ""):
                 origin = (self.path, self.name, self.data_files, self.split, number)  # no other entry's row has it
                 id = "-".join(str(part) for part in origin if part is not None)
-            yield from self._named_units(place, records.written(id), named, grouped=grouped)
+            yield from self._named_units(place, written(id), named, grouped=grouped)
 
     def _named_units(self, place: str, id: str, row: dict[str, Any], *, grouped: bool) -> list[Unit]:
         """Give the units of a row by our names; relative paths of pictures are in the data set's folder."""
@@ -313,11 +333,11 @@ class Hub(Entry):
             return [records.chat_unit(place, id, images, row["messages"])]
         if len(images) != 1:
             raise RowError(f"has {len(images)} pictures, and a {task} row needs one; give it one")
-        texts = records.answers_in(row[column])
+        texts = answers_in(row[column])
         if task == "caption":
             return [records.caption_unit(place, id, images[0], texts, CAPTION_PROMPT, grouped=grouped)]
         main = row["answer"].strip() if isinstance(row.get("answer"), str) else ""
-        main = main or records.most_common(texts)
+        main = main or most_common(texts)
         types = (row.get("question_type") or None, row.get("answer_type") or None)
         texts = texts * (10 if len(texts) == 1 else 1)
         asked = Asked(place, id, need(row, "question"), main, texts, *types)
