@@ -250,7 +250,3 @@ def copy_code(folder):
         target = Path(folder) / source.name
         if source.exists() and source.resolve() != target.resolve():
             shutil.copyfile(source, target)
-
-
-__all__ = ["IS_TRANSFORMERS_5", "ROUTER_RECORDERS", "MoeVlmPreTrainedModel", "attention_mask_for", "copy_code"]
-__all__ += ["init", "init_copy_", "recorded"]

@@ -326,21 +326,3 @@ def write(results: Row, folder: Path, name: str) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-__all__ = [
-    "Ceilings",
-    "batches",
-    "decoding_case",
-    "fastest_peer",
-    "floor",
-    "forward_case",
-    "graph_case",
-    "interleaved",
-    "machine",
-    "measured_ceilings",
-    "medians",
-    "peak_bytes",
-]
-__all__ += ["picture", "products_case", "renewal", "summary", "table", "training_case"]
-__all__ += ["write"]

@@ -240,6 +240,3 @@ class MoeVlmSparseBlock(nn.Module):
         if self.shared_expert_gate is not None:
             output = torch.sigmoid(self.shared_expert_gate(hidden_states)) * output
         return output
-
-
-__all__ = ["IMPLEMENTATIONS", "Implementations", "MoeVlmExperts", "MoeVlmMLP", "MoeVlmSparseBlock"]

@@ -88,6 +88,3 @@ class MoeVlmGenerationMixin(GenerationMixin):
         if pixel_values is not None:
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
-
-
-__all__ = ["MoeVlmGenerationMixin"]

@@ -214,7 +214,3 @@ def opaque_experts(tokens, experts, weights, gate_up, down, act):
     if torch.is_grad_enabled():
         return experts_forward_operator(tokens, experts, weights, gate_up, down, act, dtype)[0]
     return experts_operator(tokens, experts, weights, gate_up, down, act, dtype)
-
-
-__all__ = ["batched_experts", "dense_experts", "fits_grouped_mm", "grouped_mm_experts", "opaque_experts"]
-__all__ += ["sum_over_experts"]

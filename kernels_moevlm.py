@@ -394,7 +394,3 @@ def decode_experts(tokens, experts, weights, gate_up, down, act):
     gate, up = hidden.chunk(2, dim=-1)
     activated = act(gate).mul_(up).mul_(weights.t())  # (K, F)
     return matrix_vector([down[expert] for expert in chosen], activated).sum(0, keepdim=True)
-
-
-__all__ = ["activation", "combine", "decode_experts", "eager_experts", "forward_experts", "grouped_backward"]
-__all__ += ["grouped_experts", "product", "product_dtype", "sort_visits", "visit_experts"]

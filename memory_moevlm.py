@@ -26,6 +26,3 @@ def release_freed_memory() -> None:
     """Give back what [`keep_freed_memory`] kept: what comes next may need all of the machine's."""
     with suppress(*MISSING):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-__all__ = ["keep_freed_memory", "release_freed_memory"]

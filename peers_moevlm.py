@@ -247,7 +247,3 @@ def vlms(config, dtype, device):
             model = found[OURS if name == "auto" else name] = MoeVlmForConditionalGeneration(made).eval()
             model.load_state_dict(found[OURS].state_dict(), assign=True)
     return found
-
-
-__all__ = ["DENSE", "OURS", "STACK", "Shape", "blocks", "can_compile", "contestants", "first_tensor"]
-__all__ += ["text_stacks", "vlms"]

@@ -308,6 +308,3 @@ def join(parts, weighted):
 
 # Fields of [`RouterStatistics`] with one number a layer.
 SCALARS = ("balance", "z", "local_entropy", "global_entropy", "entropy", "width", "dropped", "max_logit")
-
-__all__ = ["BalanceRules", "RouterLosses", "RouterStatistics", "batch_shares", "count_tokens", "router_losses"]
-__all__ += ["router_statistics", "rules_of"]

@@ -248,6 +248,3 @@ class MoeVlmRouter(nn.Module):
         if bias is not None and self.e_score_correction_bias.dtype != torch.float32:
             self.e_score_correction_bias = bias.float().to(self.e_score_correction_bias.device)
         return self
-
-
-__all__ = ["MoeVlmCapacity", "MoeVlmRouter", "MoeVlmSelection", "Routing", "log_probabilities"]

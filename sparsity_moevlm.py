@@ -300,6 +300,3 @@ class SparseConfig(ExpertsConfig):
         """Raise `ValueError` if a field is set that this part has no use for."""
         if self._is_set(name):
             raise ValueError(f"{name}={getattr(self, name)} is not for {self.model_type}: {reason}; leave it out")
-
-
-__all__ = ["ExpertsConfig", "SparseConfig", "check_positive", "layer_types_from"]

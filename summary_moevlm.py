@@ -215,7 +215,3 @@ def bytes_by_dtype(model):
         name = str(tensor.dtype).removeprefix("torch.")
         found[name] = found.get(name, 0) + prod(shape_of(tensor)) * tensor.element_size()
     return found
-
-
-__all__ = ["CONNECTOR", "DECODER", "PARTS", "TOWER", "MoeSummary", "PartSummary"]
-__all__ += ["is_router", "part_of", "sparse_layers", "summarize"]

@@ -332,8 +332,3 @@ class MoeVlmVisionModel(MoeVlmPreTrainedModel):
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.post_layernorm(hidden_states)
         return MoeVlmVisionOutput(last_hidden_state=hidden_states[:, int(self.config.use_class_token) :])
-
-
-__all__ = ["MoeVlmConvStem", "MoeVlmVisionAttention", "MoeVlmVisionEmbeddings", "MoeVlmVisionLayer"]
-__all__ += ["MoeVlmVisionModel", "MoeVlmVisionOutput"]
-__all__ += ["eager_attention_forward"]
