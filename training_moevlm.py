@@ -117,6 +117,8 @@ class MoeVlmTrainingArguments(TrainingArguments):
             raise ValueError("output_dir is missing: name the folder for the result, such as --output_dir outputs/mine")
         if not 0 <= (rate := self.router_bias_update_rate) < 1:
             raise ValueError(f"router_bias_update_rate={rate} must be in [0, 1); 0 leaves the biases alone")
+        if targets := self.optim_target_modules:
+            raise ValueError(f"optim_target_modules={targets} (GaLore, APOLLO) takes no stacked experts; use lora")
         self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         if self.accelerator_config is None:
             # For a stream accelerate would split one batch by rows, but a row may have any number of pictures.

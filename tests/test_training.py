@@ -534,6 +534,11 @@ def test_a_rate_below_zero_is_refused(tmp_path):
         arguments(tmp_path, router_bias_update_rate=-0.1)
 
 
+def test_optimizers_of_single_layers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"optim_target_modules=\['mlp'\] .* takes no stacked experts; use lora"):
+        arguments(tmp_path, optim="galore_adamw", optim_target_modules=["mlp"])
+
+
 # Accumulation
 
 
