@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import datasets
+import yaml
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
@@ -275,6 +276,16 @@ def parsed(line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise RowError(f"holds {row!r}; write one object a line")
     return row
+
+
+def list_in(cell: Any) -> Any:
+    """Give the list that a cell of a table holds as text, in JSON's form or Python's; any other value as it is."""
+    if not isinstance(cell, str) or not re.match(r"\[\s*['\"{]", cell):
+        return cell
+    try:
+        return yaml.safe_load(cell)
+    except yaml.YAMLError:
+        raise RowError(f"has {cell!r}, which begins like a list and is none; write it as JSON") from None
 
 
 def read_text(path: Path) -> str:

@@ -30,6 +30,7 @@ TASKS = ("caption", "vqa", "chat")
 CAPTION_PROMPT = "Describe the picture."
 # What a column of a table teaches, in the order in which a table with several is read.
 LEARNED = {"messages": "chat", "answers": "vqa", "answer": "vqa", "captions": "caption", "caption": "caption"}
+LISTS = ("messages", "answers", "captions", "images")
 
 logger = logging.getLogger(__name__)
 
@@ -317,6 +318,7 @@ class Hub(Entry):
         place = f"{self.place}: {self.path}: row {number}"
         with rows.row(place):
             named = {ours: row[theirs] for ours, theirs in self.mapping.items()}
+            named |= {name: records.list_in(named[name]) for name in LISTS if name in named}
             if (id := named.pop("id", None)) in (None, ""):
                 origin = (self.path, self.name, self.data_files, self.split, number)  # no other entry's row has it
                 id = "-".join(str(part) for part in origin if part is not None)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import yaml
 from PIL import Image
@@ -385,6 +386,22 @@ def test_an_image_marker_in_a_question_is_a_bad_row(tmp_path, photos):
     with pytest.raises(ValueError, match="q.jsonl: row 1: has <image> in a text, .* take it out"):
         load(tmp_path, entry)
     assert len(load(tmp_path, entry, skip_bad_rows=True)) == 1
+
+
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["json", "python"])
+def test_a_cell_of_a_csv_may_hold_a_list(tmp_path, photos, write):
+    rows = [["it's red", "blue", "", "red"], [{"answer": "left"}, {"answer": "right"}], "[sic]", "[blank]"]
+    cells = [row if isinstance(row, str) else write(row) for row in rows]
+    pandas.DataFrame({"image": "images/1.png", "question": "a?", "answers": cells}).to_csv(tmp_path / "q.csv")
+    found = [record["answers"] for record in load(tmp_path, {"source": "hub", "path": "q.csv"})]
+    assert found == [["it's red", "blue", "red"], ["left", "right"], ["[sic]"] * 10, ["[blank]"] * 10]
+    chat = [write(said("q <image>", "a")), write(["images/1.png"])]
+    pandas.DataFrame([chat], columns=["messages", "images"]).to_csv(tmp_path / "chat.csv")
+    (record,) = load(tmp_path, {"source": "hub", "path": "chat.csv"})
+    assert record["messages"][1]["content"][0]["text"] == "a" and len(record["images"]) == 1
+    pandas.DataFrame({"image": "images/1.png", "captions": ["['a' 'b']"]}).to_csv(tmp_path / "c.csv")
+    with pytest.raises(ValueError, match="row 0: has .* begins like a list and is none; write it as JSON"):
+        load(tmp_path, {"source": "hub", "path": "c.csv"})
 
 
 def test_cells_of_a_csv_are_taken_as_they_are_written(tmp_path, photos):
