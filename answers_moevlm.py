@@ -152,14 +152,13 @@ def places_of(known: Mapping[Key, str], column: str, samples: Sequence[Any]) -> 
 def settings_of(args: Any, tasks: Sequence[Any], samples: Sequence[Any]) -> dict[str, Any]:
     """What answers depend on; answers of runs that differ in one of these must not be mixed."""
     names = ("model_name_or_path", "batch_size", "num_shots", "max_new_tokens", "seed", "dtype")
-    folder, kinds = Path(args.model_name_or_path), ("*config*.json", "*token*", "*.jinja", "*.safetensors", "*.bin")
-    files = {path.name: path.stat() for kind in kinds for path in sorted(folder.glob(kind))}
+    files = {path.name: path.stat() for path in sorted(Path(args.model_name_or_path).glob("*.*")) if path.is_file()}
     asked = repr([(sample.task, sample.id, sample.prompt, sample.version) for sample in samples])
-    return {name: getattr(args, name) for name in names} | {
+    told = {name: getattr(args, name) for name in names} | {
         "limits": {task.name: task.max_new_tokens for task in tasks},
-        "files": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
         "samples": f"{len(samples)} with digest {zlib.crc32(asked.encode()):08x}",
     }
+    return told | {f"file {name}": [status.st_size, status.st_mtime_ns] for name, status in files.items()}
 
 
 def finish(folder: Path) -> None:
@@ -201,8 +200,6 @@ def read_answers(path: Path, samples: Sequence[Any]) -> tuple[dict[tuple[str, st
                 twice.append(" ".join(key))
             else:
                 answers[key] = answer
-    if not answers:
-        raise ValueError(f"predictions={path}: no row answers any of the {len(samples)} samples; check its ids, --data")
     missing = [f"{sample.task} {sample.id}" for sample in samples if (sample.task, sample.id) not in answers]
     found = [
         Problem("files of no asked task", [file.name for file in others]),
@@ -210,7 +207,10 @@ def read_answers(path: Path, samples: Sequence[Any]) -> tuple[dict[tuple[str, st
         Problem("duplicate predictions", twice),
         Problem("samples without a prediction", missing),
     ]
-    return answers, [problem for problem in found if problem.ids]
+    found = [problem for problem in found if problem.ids]
+    if not answers:
+        raise ValueError(f"predictions={path}: no row answers any of the samples ({'; '.join(map(str, found))})")
+    return answers, found
 
 
 def _rows(file: Path, samples: Sequence[Any]) -> Iterator[tuple[tuple[str, str], str]]:

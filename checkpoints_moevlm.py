@@ -1,23 +1,21 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """The checkpoints of a run: where it starts, and how it ends without harming what was there before."""
 
-import difflib
-import inspect
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoProcessor, Trainer, TrainingArguments
 
+from .configmaps_moevlm import check_fields
 from .configuration_moevlm import MoeVlmConfig
 from .modeling_moevlm import MoeVlmForConditionalGeneration
 from .processing_moevlm import MoeVlmProcessor, build_processor, train_tokenizer
@@ -27,10 +25,6 @@ from .records_moevlm import read_json
 REPORTS = ("upcycling.json", "downcycling.json")
 REPORTS_OF_RUNS = ("metrics.json", "predictions_*.json", "samples.png", "samples.jsonl", "report.html", "plots/*.png")
 CONFIGS = ("config.json", "adapter_config.json")
-# What config.json holds besides fields, on one line or the other.
-WRITTEN_BESIDE = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-# What 4.57 writes beside rope_parameters, which alone are read.
-MIRRORS = {"rope_theta", "rope_scaling"}
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
@@ -188,21 +182,8 @@ def read_config(path: str) -> MoeVlmConfig:
     kinds = {"the whole": MoeVlmConfig, **MoeVlmConfig.sub_configs}
     for part, kind in kinds.items():
         given = fields if kind is MoeVlmConfig else fields.get(part, {})
-        if not isinstance(given, dict):
-            raise ValueError(f"config={path}: {part} is {given!r}; make it an object of fields")
         check_fields(given, kind, f"config={path}: {part}")
     return MoeVlmConfig(**fields)
-
-
-def check_fields(given: Mapping[str, Any], kind: type[PretrainedConfig], place: str) -> None:
-    """Raise `ValueError` for a field that configs of this kind do not have, with the nearest that they have."""
-    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
-    known |= {*kind().to_dict(), *WRITTEN_BESIDE}
-    known = known | MIRRORS if "rope_parameters" in given else known - MIRRORS
-    for field in sorted(set(given) - known):
-        close = ["rope_parameters"] if field in MIRRORS else difflib.get_close_matches(field, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "take it out"
-        raise ValueError(f"{place} has no field {field!r}; {hint}")
 
 
 def finish(trainer: Trainer) -> nn.Module:

@@ -1,6 +1,8 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
 """What the configs of parents mean in ours: one function per part, and the dense config that they make together."""
 
+import difflib
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +17,28 @@ VISION_FAMILIES = ("siglip", "siglip2", "clip")
 WHOLE_FAMILIES = ("smolvlm", "idefics3", "llava", "moevlm")
 # What may stand in a parent's config only as given here: our decoder has no switch for anything else.
 TEXT_DEMANDS = {"mlp_bias": False, "clip_qkv": None, "partial_rotary_factor": 1.0, "no_rope_layers": None}
+
+# What config.json holds besides fields, on one line or the other.
+WRITTEN_BESIDE = ("model_type", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+# What 4.57 writes beside rope_parameters, which alone are read.
+MIRRORS = {"rope_theta", "rope_scaling"}
+
+
+def check_fields(given: Any, kind: type[PretrainedConfig], place: str) -> None:
+    """Check the fields that a JSON file gives for one of our configs.
+
+    Raises:
+        ValueError: It is no object, or has a field that such configs do not have; the nearest that they have is named.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{place} is {given!r}; make it an object of fields")
+    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    known |= {*kind().to_dict(), *WRITTEN_BESIDE}
+    known = known | MIRRORS if "rope_parameters" in given else known - MIRRORS
+    for field in sorted(set(given) - known):
+        close = ["rope_parameters"] if field in MIRRORS else difflib.get_close_matches(field, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "take it out"
+        raise ValueError(f"{place} has no field {field!r}; {hint}")
 
 
 def refuse_unknown(family: str | None, source: str) -> None:
@@ -92,7 +116,6 @@ def text_fields(config: PretrainedConfig, notes: list[str]) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": rope_of(config),
-        "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
         "attention_bias": family in ("qwen2", "qwen2_moe") and getattr(config, "qkv_bias", True),
         "use_qk_norm": family in ("qwen3", "qwen3_moe", "olmoe"),

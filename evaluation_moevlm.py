@@ -198,14 +198,14 @@ def _answer(
     inputs = processor(text=texts, images=images if any(images) else None, **options)
     dtypes = {name: model.dtype if value.is_floating_point() else None for name, value in inputs.items()}
     inputs = {name: value.to(model.device, dtypes[name]) for name, value in inputs.items()}
+    prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and inputs["input_ids"].shape[1] + max_new_tokens > positions:
+    if positions and prompt_length + max_new_tokens > positions:
         logger.warning_once(
             f"a prompt and its answer of {max_new_tokens} tokens pass the model's {positions} positions, beyond which "
             "it says little; give fewer worked examples or shorter prompts"
         )
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, use_cache=True)
-    prompt_length = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     texts = processor.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
 

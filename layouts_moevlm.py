@@ -155,7 +155,7 @@ def qwen3_moe_keys(state: Mapping[str, Tensor], stacked: bool = False) -> dict[s
     """
     out, words = {}, state[f"{DECODER}embed_tokens.weight"]
     for key, tensor in state.items():
-        tied = key == "lm_head.weight" and tensor.data_ptr() == words.data_ptr()
+        tied = key == "lm_head.weight" and not tensor.is_meta and tensor.data_ptr() == words.data_ptr()
         if tied or not key.startswith((DECODER, "lm_head.")):
             continue
         name = key.replace(DECODER, "model.", 1)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from .base_moevlm import IS_TRANSFORMERS_5
-from .checkpoints_moevlm import check_fields
-from .configmaps_moevlm import refuse_unknown
+from .configmaps_moevlm import check_fields, refuse_unknown
 from .configuration_moevlm import MoeVlmConfig, MoeVlmVisionConfig
 
 try:
@@ -195,15 +194,13 @@ def open_parents(sources: Mapping[str, str]) -> dict[str, Parent]:
     """
     parents = {}
     for role, source in sources.items():
-        if role == "vision" and source.endswith(".json"):
-            fields = json.loads(Path(source).read_text(encoding="utf-8"))
-            kind = fields.get("model_type", MoeVlmConfig.model_type)
-            if not kind.startswith(MoeVlmConfig.model_type):
-                raise ValueError(
-                    f"vision={source} is a {kind} config without weights; give that model's folder or Hub id, or "
-                    "fields of MoeVlmVisionConfig for a tower from scratch"
-                )
-            parents[role] = Parent(source, tower_fields(fields, source), {}, Path(source).parent)
+        if (tower := tower_from_scratch(role, source)) is not None:
+            parents[role] = Parent(source, tower, {}, Path(source).parent)
+        elif source.endswith(".json"):
+            raise ValueError(
+                f"{role}={source} is a config without weights; give that model's folder or Hub id, or, for a vision "
+                "tower from scratch, fields of MoeVlmVisionConfig"
+            )
         else:
             parents[role] = open_parent(source)
     return parents
@@ -212,14 +209,14 @@ def open_parents(sources: Mapping[str, str]) -> dict[str, Parent]:
 def read_configs(sources: Mapping[str, str]) -> dict[str, PretrainedConfig | dict[str, Any]]:
     """The configs of parents by role, without their weights: from folders, Hub ids, or .json files as folders hold.
 
-    A .json file without a `model_type` is a tower from scratch, as in [`open_parents`].
+    A .json file of our own fields is a tower from scratch, as in [`open_parents`].
     """
     configs: dict[str, Any] = {}
     for role, source in sources.items():
-        fields = json.loads(Path(source).read_text(encoding="utf-8")) if source.endswith(".json") else {}
-        if fields and (role == "vision" and "model_type" not in fields):
-            configs[role] = tower_fields(fields, source)
-        elif fields:
+        if (tower := tower_from_scratch(role, source)) is not None:
+            configs[role] = tower
+        elif source.endswith(".json"):
+            fields = json.loads(Path(source).read_text(encoding="utf-8"))
             refuse_unknown(fields.get("model_type"), source)
             configs[role] = known_names(AutoConfig.for_model(**fields))
         elif source.endswith(".gguf") or (not Path(source).is_dir() and packaged_gguf(source)):
@@ -229,9 +226,19 @@ def read_configs(sources: Mapping[str, str]) -> dict[str, PretrainedConfig | dic
     return configs
 
 
-def tower_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
-    """The fields of a tower from scratch, of its own file or a whole config's; `ValueError` for unknown ones."""
-    fields = fields.get("vision_config", fields)
+def tower_from_scratch(role: str, source: str) -> dict[str, Any] | None:
+    """The fields of a tower without weights, of a file of its own or in a whole config of ours; None for other sources.
+
+    Raises:
+        ValueError: A field that towers of ours do not have, or a file of another form.
+    """
+    if role != "vision" or not source.endswith(".json"):
+        return None
+    fields = json.loads(Path(source).read_text(encoding="utf-8"))
+    if isinstance(fields, dict):
+        if not str(fields.get("model_type", MoeVlmConfig.model_type)).startswith(MoeVlmConfig.model_type):
+            return None
+        fields = fields.get("vision_config", fields)
     check_fields(fields, MoeVlmVisionConfig, f"vision={source}: the tower")
     return fields
 

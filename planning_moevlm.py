@@ -88,9 +88,9 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     Memory of states: 16 bytes a learning parameter (float32 weight, gradient and two moments), 4 a frozen one; LoRA
     freezes all and adds its own matrices.
     DDP holds all of it; FSDP2 and ZeRO-3 an N-th, and for a while the largest layer, whole and in half precision, twice
-    (the next one is fetched meanwhile) and, in the backward, its gradients; expert parallelism an N-th of the experts,
-    but no less than one of each layer, and all the rest. Activations: see [`activation_bytes`], under LoRA
-    [`adapted_bytes`] too; buffers of communication and fragmentation are left out.
+    (the next one is fetched meanwhile) and, in the backward, its gradients; expert parallelism whole experts, on the
+    fullest device an N-th of each layer's, rounded up, and all the rest. Activations: see [`activation_bytes`], under
+    LoRA [`adapted_bytes`] too; buffers of communication and fragmentation are left out.
 
     Operations: forward of [`MoeSummary`], at a context of half the sequence on average, of each part times its
     [`passes`], under LoRA with the gradients of adapted experts; those of LoRA's own matrices are left out.
@@ -115,7 +115,10 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     total = sum(states.values())
     experts = {name: size for name, size in states.items() if ".experts." in name}
     counted = {part: each.num_experts for part, each in part_configs(config).items()}
-    spread = sum(-(-size // min(arguments.devices, counted[part_of(name)])) for name, size in experts.items())
+    fullest = 0  # bytes of experts on the fullest device
+    for name, size in experts.items():
+        count = counted[part_of(name)]
+        fullest += size // count * -(-count // arguments.devices)
     stacks = {name: prod(model.get_parameter(name).shape) for name in adapters if ".experts." in name}
     devices, activations = arguments.devices, activation_bytes(config, arguments, counts)
     activations += adapted_bytes(stacks, arguments)
@@ -124,7 +127,7 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
         Memory("DDP", total, 0, activations),
         Memory("FSDP2", -(-total // devices), gathered, activations),
         Memory("ZeRO-3", -(-total // devices), gathered, activations),
-        Memory("expert parallel", total - sum(experts.values()) + spread, 0, activations),
+        Memory("expert parallel", total - sum(experts.values()) + fullest, 0, activations),
     ]
     sequence = arguments.sequence_length
     connector = 2 * matrix_entries(model)["connector"] * summary.image_tokens

@@ -1,5 +1,5 @@
 # Copyright 2026 The MoeVlm authors. Licensed under the Apache License, Version 2.0.
-"""The report of a scored model: one page that needs no network, and its plots."""
+"""The report of a scored model: one page that needs no network, its plots, and a picture of some samples."""
 
 import base64
 import io

@@ -18,7 +18,7 @@ from pathlib import Path
 import evaluate
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from moevlm import answers_moevlm as answers
 from moevlm import evaluation_moevlm as evaluation
@@ -55,7 +55,7 @@ def main():
     if not args.predictions:
         with answers.warnings_of("moevlm") as heard:
             columns, told = answer(args, tasks, samples, train, state)
-        notes += heard
+        notes += dict.fromkeys(gather_object(heard))
     if state.is_main_process:
         columns |= {"question_only": commonest_answers(train, samples)} if args.blind else {}
         problems += answers.empty_answers(samples, columns[args.part])
@@ -138,8 +138,8 @@ def compare_runs():
     parser.add_argument("runs", nargs=2, help="Output folders of run_eval.py, or a predictions_<task>.json in each.")
     args, given = parser.parse_args_into_dataclasses(sys.argv[2:])
     first, second = (answers.read_details(Path(path)) for path in given.runs)
-    rules = {"statistic_of": evaluation.statistic_of, "cider": evaluate.load(str(ROOT / "metrics/cider"))}
-    found = compare(first, second, interval=partial(evaluation.bootstrap_interval, seed=args.seed), **rules)
+    handed = {"statistic_of": evaluation.statistic_of, "cider": evaluate.load(str(ROOT / "metrics/cider"))}
+    found = compare(first, second, interval=partial(evaluation.bootstrap_interval, seed=args.seed), **handed)
     print(as_text(found, given.runs, shown=args.shown))
     if args.output:
         answers.write_json(Path(args.output), found)

@@ -65,17 +65,15 @@ class Recipe:
         named = (("mode", [self.mode], MODES), ("gate", [self.gate], GATES), ("parts", self.parts, PARTS))
         for name, given, known in named:
             if unknown := set(given) - set(known):
-                raise ValueError(f"{name} holds {sorted(unknown)}; it takes {', '.join(known)}")
-        shared, fine = f"n_shared_experts={self.shared}", self.mode == "fine_grained"
-        rules = (
+                raise ValueError(f"{name}={getattr(self, name)!r} has {sorted(unknown)}; known are {', '.join(known)}")
+        shared, mode = f"n_shared_experts={self.shared}", self.mode
+        bound = {"copy": 1, "fine_grained": self.granularity - 1}.get(mode, 0)
+        for fits, rule in (
             (0 < self.drop_ratio <= 1, f"drop_ratio={self.drop_ratio} must be above 0 and at most 1"),
             (0 <= self.noise < math.inf, f"noise={self.noise} must be at least 0 and finite"),
             (0 < self.gate_std < math.inf, f"gate_std={self.gate_std} must be above 0 and finite"),
-            (not fine or 0 <= self.shared < self.granularity, f"{shared} must be below granularity={self.granularity}"),
-            (self.mode != "copy" or self.shared <= 1, f"{shared} must be 0 or 1 in mode copy: it is a whole copy"),
-            (self.mode in IDENTITY_MODES or not self.shared, f"{shared} goes with mode copy or fine_grained only"),
-        )
-        for fits, rule in rules:
+            (0 <= self.shared <= bound, f"{shared} must be at least 0 and at most {bound} in mode {mode}"),
+        ):
             if not fits:
                 raise ValueError(rule)
 
@@ -151,7 +149,9 @@ def layers_of(recipe: Recipe, part: str, layers: int) -> list[str]:
     """The `mlp_layer_types` of a part; raises `ValueError` where the recipe takes none of its layers."""
     types = layer_types_from(recipe.layers, layers)
     if "sparse" not in types:
-        raise ValueError(f"moe_layers={recipe.layers!r} takes none of the {part}'s {layers} layers; name some of them")
+        raise ValueError(
+            f"moe_layers={recipe.layers!r} takes none of the {part}'s {layers} layers; name some, or leave out the part"
+        )
     return types
 
 

@@ -11,6 +11,8 @@ from asked_records import caption, chat, vqa
 from moevlm import answers_moevlm as answers
 from moevlm.evaluation_moevlm import samples_from
 
+RULES = {"idf": "0a", "normalize": "always"}
+
 
 @pytest.fixture
 def samples():
@@ -143,7 +145,7 @@ def test_a_folders_file_of_no_asked_task_is_named_and_never_taken_for_another(tm
 
 def test_predictions_none_of_which_fits_are_refused(tmp_path, samples):
     (tmp_path / "predictions_caption.json").write_text(json.dumps([{"image_id": 99, "caption": "c"}]))
-    with pytest.raises(ValueError, match="no row answers any of the 5 samples; check its ids"):
+    with pytest.raises(ValueError, match="no row answers any of the samples .1 predictions without ref.* caption 99"):
         answers.read_answers(tmp_path / "predictions_caption.json", samples)
 
 
@@ -174,7 +176,7 @@ def test_a_file_of_no_task_or_no_file_is_explained(tmp_path, samples):
 def written(folder, samples, said):
     scores = [{sample.metric: 1.0} for sample in samples]
     details = [answers.detail(*each) for each in zip(samples, said, scores, strict=True)]
-    answers.write(folder, samples, details, {sample.task: {"n": 1} for sample in samples})
+    answers.write(folder, samples, details, {sample.task: {"n": 1, **RULES} for sample in samples})
     return details
 
 
@@ -183,8 +185,7 @@ def test_what_is_written_is_read_again(tmp_path, samples):
     details = written(tmp_path, samples, said)
     found, problems = answers.read_answers(tmp_path, samples)
     assert [found[sample.task, sample.id] for sample in samples] == said and not problems
-    rules = {"rules": {"idf": None, "normalize": None}}
-    assert answers.read_details(tmp_path) == [each | rules for each in json.loads(json.dumps(details))]
+    assert answers.read_details(tmp_path) == [each | {"rules": RULES} for each in json.loads(json.dumps(details))]
     assert [row["id"] for row in answers.read_details(tmp_path / "predictions_chat.json")] == ["d#0", "d#1"]
     assert json.loads((tmp_path / "predictions_caption.json").read_text())[0] == {"image_id": 7, "caption": "x"}
     assert json.loads((tmp_path / "predictions_vqa.json").read_text()) == [{"question_id": "q1", "answer": "red"}]

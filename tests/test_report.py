@@ -3,6 +3,7 @@
 
 import shutil
 import subprocess
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -182,9 +183,11 @@ def test_the_page_shows_samples_of_every_task(tmp_path):
     records += [chat("d", "What?", "a dog"), caption("c", ["a $ sign"])]
     samples = samples_from(records)
     for name, answer in (("page.part", "red $x$"), ("long.part", "red $x$ " * 600)):
-        draw_samples(samples, [answer] * len(samples), str(tmp_path / name))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib's, where texts leave no room for the pictures
+            draw_samples(samples, [answer] * len(samples), str(tmp_path / name))
     with Image.open(tmp_path / "page.part") as page, Image.open(tmp_path / "long.part") as long:
-        assert page.format == "PNG" and long.size == page.size
+        assert page.format == "PNG"
         for pixels in (np.asarray(each.convert("RGB")) for each in (page, long)):
             for colour in ((192, 39, 29), (31, 78, 140)):  # the frames of a wrong answer and of a caption
                 assert (np.abs(pixels - np.array(colour)).max(-1) < 3).sum() > 500

@@ -45,9 +45,9 @@ WORKSHOP_EXCEPTIONS = {"data": {"scenes", "dialogues", "records", "sources"}, "d
 WORKSHOP_EXCEPTIONS |= {"sources": {"scenes", "dialogues", "records"}, "tasks": {"records"}, "answers": {"records"}}
 WORKSHOP_EXCEPTIONS |= {"training": {"telemetry", "grounding", "collating"}, "grounding": {"collating"}}
 WORKSHOP_EXCEPTIONS |= {"report": {"evaluation"}}  # which answers are right
-WORKSHOP_EXCEPTIONS |= {"peers": {"layouts"}, "parents": {"configmaps", "checkpoints"}}  # errors while opening
+WORKSHOP_EXCEPTIONS |= {"peers": {"layouts"}, "parents": {"configmaps"}}  # the errors while opening
 WORKSHOP_EXCEPTIONS |= {"carryover": {"configmaps", "parents"}}  # remarks on pictures; what a parent is
-WORKSHOP_EXCEPTIONS |= {"checkpoints": {"records"}}  # a config is a JSON file
+WORKSHOP_EXCEPTIONS |= {"checkpoints": {"records", "configmaps"}}  # a config is a JSON file of known fields
 WORKSHOP_EXCEPTIONS |= {"publishing": {"sources"}}  # which of a mixture's entries are files of one's own
 # Besides the standard library: what each user of a transformers model with pictures has installed.
 PACKAGES = {"torch", "transformers", "numpy", "PIL", "tokenizers"}

@@ -316,7 +316,7 @@ def test_going_on_with_another_checkpoint_or_other_pictures_is_refused(
     picture.write_bytes(kept[0])
     os.utime(picture, ns=(kept[1].st_atime_ns, kept[1].st_mtime_ns))
     (Path(given["model"]) / "generation_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"answers of another run: files="):
+    with pytest.raises(ValueError, match=r"answers of another run: file generation_config.json="):
         evaluate("--batch_size", "4", "--resume", **given)
 
 
@@ -428,7 +428,18 @@ def test_an_idf_table_is_made_of_the_train_part_and_used_again(evaluate, tmp_pat
     again = read(evaluate("--tasks", "caption", "--idf", str(path)), "metrics.json")
     assert first["caption"] == again["caption"]
     path.write_text(json.dumps(table | {"images": 800}))
-    assert read(evaluate("--tasks", "caption", "--idf", str(path)), "metrics.json")["caption"] != first["caption"]
+    other = read(evaluate("--tasks", "caption", "--idf", str(path)), "metrics.json")
+    assert other["caption"]["CIDEr_references"] != first["caption"]["CIDEr_references"]
+
+
+@pytest.mark.parametrize(("task", "flags"), [("caption", ["--idf", "idf.json"]), ("vqa", ["--normalize", "always"])])
+def test_runs_scored_by_other_rules_are_not_compared(evaluate, task, flags, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = ("--tasks", task, "--max_samples", "4")
+    runs = [evaluate(*asked, folder="one"), evaluate(*asked, *flags, folder="two")]
+    monkeypatch.setattr(sys, "argv", ["run_eval.py", "compare", *map(str, runs)])
+    with pytest.raises(ValueError, match=f"{task}: {flags[0][2:]} is .* in the first run and .* in the second"):
+        run_eval.main()
 
 
 def test_two_runs_are_compared(evaluate, capsys, monkeypatch, tmp_path):

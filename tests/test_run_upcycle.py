@@ -619,14 +619,15 @@ def test_a_family_that_transformers_does_not_know_lists_ours(parents, tmp_path):
 
 
 def test_a_foreign_config_is_no_tower_from_scratch(parents, command):
-    with pytest.raises(ValueError, match="is a siglip_vision_model config without weights"):
+    with pytest.raises(ValueError, match="siglip-base-patch16-224.json is a config without weights; give that model"):
         command("--text", parents / "text", "--vision", ROOT / "configs/parents/siglip-base-patch16-224.json")
 
 
+@pytest.mark.parametrize("beside", [{}, {"model_type": "moevlm"}])
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_misspelt_field_of_a_tower_from_scratch_is_named(whole, parents, command, tmp_path):
+def test_a_misspelt_field_of_a_tower_from_scratch_is_named(whole, beside, parents, command, tmp_path):
     fields = {"hidden_size": 32, "hiden_act": "gelu"}
-    (tmp_path / "tower.json").write_text(json.dumps({"vision_config": fields} if whole else fields))
+    (tmp_path / "tower.json").write_text(json.dumps(beside | ({"vision_config": fields} if whole else fields)))
     with pytest.raises(ValueError, match="tower.json: the tower has no field 'hiden_act'; did you mean 'hidden_act'"):
         command("--text", parents / "text", "--vision", tmp_path / "tower.json")
     with pytest.raises(ValueError, match="the tower has no field 'hiden_act'"):

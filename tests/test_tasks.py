@@ -8,7 +8,7 @@ import yaml
 from asked_records import COLOURS, caption, chat, vqa
 
 from moevlm.evaluation_moevlm import MAX_NEW_TOKENS, METRICS, samples_from
-from moevlm.tasks_moevlm import EvalArguments, draw, load_tasks, with_examples
+from moevlm.tasks_moevlm import TAKEN, EvalArguments, draw, load_tasks, with_examples
 
 TASKS = Path(__file__).resolve().parent.parent / "configs" / "tasks"
 
@@ -52,7 +52,7 @@ def test_the_tasks_of_the_repository_ask_as_training_scores():
         assert task.metric == METRICS[task.name] and task.max_new_tokens == MAX_NEW_TOKENS[task.name]
 
 
-@pytest.mark.parametrize("name", ["run", "problems", "blind", "text_only", "question_only"])
+@pytest.mark.parametrize("name", TAKEN)
 def test_a_task_does_not_take_another_entrys_name(tmp_path, name):
     path = write_task(tmp_path, name)
     with pytest.raises(ValueError, match=f"metrics.json has something else under {name}; rename the file"):
