@@ -62,7 +62,7 @@ def load_mixture(
         grouped: For training: all questions (or captions) of a picture are turns of one record. Otherwise, for scoring:
             one record a question (or captioned picture), with its `answers` (or `references`).
         skip_bad_rows: Leave out rows that cannot be used and log how many, instead of raising.
-        most_of_a_stream: Outside training, where any source streams, only so many records of each source.
+        most_of_a_stream: Where any source streams, so many records at most: of all for training, else of each source.
 
     Raises:
         ValueError: For an unknown key, a value out of bounds, a bad row: each names its place and the way out.
@@ -88,14 +88,14 @@ def load_mixture(
     if not any(isinstance(one, IterableDataset) for one in parts):
         return datasets.concatenate_datasets(parts)
     parts = [_as_stream(one) if isinstance(one, Dataset) else one for one in parts]
-    if part != "train" and most_of_a_stream is not None:
-        parts = [one.take(most_of_a_stream) for one in parts]
+    most = most_of_a_stream
     if part != "train" or len(parts) == 1:
-        return datasets.concatenate_datasets(parts)
+        return datasets.concatenate_datasets(parts if most is None else [one.take(most) for one in parts])
     total = sum(entry.weight for entry in entries)
     # A stream has no length: weights are the shares in which the sources are drawn, short ones again and again.
     shares = [entry.weight / total for entry in entries]
-    return datasets.interleave_datasets(parts, shares, seed=entries[0].seed, stopping_strategy="all_exhausted")
+    mixed = datasets.interleave_datasets(parts, shares, seed=entries[0].seed, stopping_strategy="all_exhausted")
+    return mixed if most is None else mixed.take(most)
 
 
 def _as_stream(stored: Dataset) -> IterableDataset:

@@ -68,7 +68,7 @@ def main():
 
 def read_samples(args, tasks, part):
     """What the tasks ask of the part, in their words; bad rows are left out, counted, and stop the run in `settle`."""
-    rows = load_mixture(args.data, part, grouped=False, skip_bad_rows=True, most_of_a_stream=args.max_samples)
+    rows = load_mixture(args.data, part, grouped=False, skip_bad_rows=True, most_of_a_stream=args.stream_records(part))
     samples = evaluation.samples_from(rows)
     asked = [sample for task in tasks for sample in task.samples(samples)]
     lacking = [task.name for task in tasks if all(sample.task != task.name for sample in asked)]

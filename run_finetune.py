@@ -111,8 +111,6 @@ def read_records(data_args, seed):
         rows = load_mixture(data_args.data, part, grouped=grouped, **options)
         if limit is not None and isinstance(rows, Dataset):
             rows = rows.shuffle(seed=seed).select(range(min(limit, len(rows))))
-        elif limit is not None and part == "train":
-            rows = rows.take(limit)
         records[name] = rows
     return records
 

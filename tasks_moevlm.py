@@ -18,6 +18,7 @@ from .records_moevlm import check_known
 FOLDER = Path(__file__).resolve().parent
 READS = ("caption", "vqa", "chat")
 METRICS = ("CIDEr", "vqa_accuracy", "turn_accuracy")
+POOL = 10_000
 # What metrics.json holds beside the tasks.
 TAKEN = ("blind", "text_only", "question_only", "problems", "run", "training")
 
@@ -59,6 +60,10 @@ class EvalArguments:
                 f"predictions={self.predictions} lies in output_dir={self.output_dir}, which gets predictions of its "
                 "own; give another output_dir"
             )
+
+    def stream_records(self, part: str) -> int | None:
+        """How many records of a stream are read: for worked examples and the commonest answers some thousands do."""
+        return POOL if part == "train" else self.max_samples
 
     @property
     def on_cpu(self) -> bool:

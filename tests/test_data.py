@@ -472,6 +472,8 @@ def test_the_first_records_of_each_stream(tmp_path, parquet):
     tasks = [record["task"] for record in load(tmp_path, *entries, part="test", most_of_a_stream=1)]
     assert tasks == ["chat", "vqa", "caption"]
     assert sum(1 for _ in load(tmp_path, *entries, part="test", most_of_a_stream=9)) == 2 + 3 + 3
+    assert sum(1 for _ in load(tmp_path, *entries, most_of_a_stream=4)) == 4  # for training, of all together
+    assert sum(1 for _ in load(tmp_path, entries[0], most_of_a_stream=1)) == 1
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):
