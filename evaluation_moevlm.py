@@ -215,17 +215,18 @@ def _answering(model, tokenizer) -> Iterator[None]:
     """Evaluation mode, left padding, greedy decoding; afterwards each part as it was (frozen parts may rest in
     evaluation mode)."""
     modes, side = [(module, module.training) for module in model.modules()], tokenizer.padding_side
-    brought = model.generation_config
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's generate asks that one
+    brought = base.generation_config
     # Sampling, penalties, least lengths: whatever a checkpoint brings, the scores are those of its likeliest words.
     ids = {name: value for name, value in brought.to_dict().items() if name.endswith("token_id") and value is not None}
     ids = {"eos_token_id": tokenizer.eos_token_id} | ids
     ids["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.eval()
-    model.generation_config, tokenizer.padding_side = GenerationConfig(**ids), "left"
+    base.generation_config, tokenizer.padding_side = GenerationConfig(**ids), "left"
     try:
         yield
     finally:
-        model.generation_config, tokenizer.padding_side = brought, side
+        base.generation_config, tokenizer.padding_side = brought, side
         for module, training in modes:
             module.training = training
 

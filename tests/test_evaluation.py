@@ -5,6 +5,7 @@ from pathlib import Path
 
 import evaluate
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.multiprocessing
@@ -207,6 +208,10 @@ def test_what_a_checkpoint_brings_for_generation_does_not_change_its_scores(brou
     for name, value in brought.items():
         setattr(model.generation_config, name, value)
     assert predict(model, processor, samples, **ask) == plain
+    kept = model.generation_config
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))  # new: it adds nothing yet
+    assert predict(adapted, processor, samples, **ask) == plain
+    assert model.generation_config is kept
 
 
 def test_questions_without_pictures_are_answered_too(processor):
