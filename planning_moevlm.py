@@ -88,9 +88,9 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     Memory of states: 16 bytes a learning parameter (float32 weight, gradient and two moments), 4 a frozen one; LoRA
     freezes all and adds its own matrices.
     DDP holds all of it; FSDP2 and ZeRO-3 an N-th, and for a while the largest layer, whole and in half precision, twice
-    (the next one is fetched meanwhile) and, in the backward, its gradients; expert parallelism whole experts, on the
-    fullest device an N-th of each layer's, rounded up, and all the rest. Activations: see [`activation_bytes`], under
-    LoRA [`adapted_bytes`] too; buffers of communication and fragmentation are left out.
+    (the next one is fetched meanwhile) and, in the backward, its gradients; expert parallelism as [`spread_experts`].
+    Activations: see [`activation_bytes`], under LoRA [`adapted_bytes`] too; buffers of communication and fragmentation
+    are left out.
 
     Operations: forward of [`MoeSummary`], at a context of half the sequence on average, of each part times its
     [`passes`], under LoRA with the gradients of adapted experts; those of LoRA's own matrices are left out.
@@ -113,12 +113,6 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     learning = {part_of(name) for name in adapters} or set(PARTS) - set(arguments.freeze)
     counts = passes(learning, arguments)
     total = sum(states.values())
-    experts = {name: size for name, size in states.items() if ".experts." in name}
-    counted = {part: each.num_experts for part, each in part_configs(config).items()}
-    fullest = 0  # bytes of experts on the fullest device
-    for name, size in experts.items():
-        count = counted[part_of(name)]
-        fullest += size // count * -(-count // arguments.devices)
     stacks = {name: prod(model.get_parameter(name).shape) for name in adapters if ".experts." in name}
     devices, activations = arguments.devices, activation_bytes(config, arguments, counts)
     activations += adapted_bytes(stacks, arguments)
@@ -127,7 +121,7 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
         Memory("DDP", total, 0, activations),
         Memory("FSDP2", -(-total // devices), gathered, activations),
         Memory("ZeRO-3", -(-total // devices), gathered, activations),
-        Memory("expert parallel", total - sum(experts.values()) + fullest, 0, activations),
+        Memory("expert parallel", spread_experts(states, config, devices), 0, activations),
     ]
     sequence = arguments.sequence_length
     connector = 2 * matrix_entries(model)["connector"] * summary.image_tokens
@@ -143,6 +137,20 @@ def plan(config: MoeVlmConfig, arguments: PlanArguments) -> Plan:
     if size := sum(adapters.values()):
         summary = replace(summary, parts=(*summary.parts, PartSummary("adapters", "", size, size, size)))
     return Plan(summary, memory, flops, speed * 86400, tokens)
+
+
+def spread_experts(states: Mapping[str, int], config: MoeVlmConfig, devices: int) -> int:
+    """Bytes on the fullest device under expert parallelism: an N-th of each layer's experts, whole ones, and all else.
+
+    Args:
+        states: Bytes by name of the parameter.
+    """
+    counts = {part: each.num_experts for part, each in part_configs(config).items()}
+    held = 0
+    for name, size in states.items():
+        count = counts[part_of(name)] if ".experts." in name else 1
+        held += size // count * -(-count // devices)
+    return held
 
 
 def adapter_sizes(model: nn.Module, rank: int) -> dict[str, int]:

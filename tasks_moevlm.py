@@ -18,7 +18,7 @@ from .records_moevlm import check_known
 FOLDER = Path(__file__).resolve().parent
 READS = ("caption", "vqa", "chat")
 METRICS = ("CIDEr", "vqa_accuracy", "turn_accuracy")
-POOL = 10_000
+POOL = 10_000  # train records of a stream, which may have no end
 # What metrics.json holds beside the tasks.
 TAKEN = ("blind", "text_only", "question_only", "problems", "run", "training")
 

@@ -442,6 +442,21 @@ def test_runs_scored_by_other_rules_are_not_compared(evaluate, task, flags, monk
         run_eval.main()
 
 
+def test_a_train_part_that_streams_is_not_read_to_its_end(evaluate, mixture, monkeypatch, tmp_path):
+    folder = shutil.copytree(Path(mixture).parent, tmp_path / "data")
+    row = {"image": "red.png", "question": "What colour is it?", "answer": "red"}
+    rows = [row] * 40 + [row | {"image": "missing.png"}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parts = yaml.safe_load(Path(mixture).read_text())
+    parts["train"] = [{"source": "hub", "path": "train.jsonl", "streaming": True}]
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(parts))
+    asked = ("--tasks", "vqa", "--max_samples", "2", "--blind")
+    with pytest.raises(ValueError, match="missing.png"):
+        evaluate(*asked, data=str(folder / "mixture.yaml"))
+    monkeypatch.setattr("moevlm.tasks_moevlm.POOL", 5)
+    assert read(evaluate(*asked, data=str(folder / "mixture.yaml")), "metrics.json")["question_only"]["vqa"]["n"] == 2
+
+
 def test_two_runs_are_compared(evaluate, capsys, monkeypatch, tmp_path):
     first = evaluate("--max_samples", "6", folder="first")
     said = iter(["yes"] * 100)

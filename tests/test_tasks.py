@@ -44,11 +44,6 @@ def test_a_number_below_its_bound_is_named(flags):
         EvalArguments(**flags)
 
 
-def test_a_train_part_that_streams_is_not_read_to_its_end():
-    arguments = EvalArguments(model_name_or_path="x", max_samples=7)
-    assert arguments.stream_records("test") == 7 and arguments.stream_records("train") == 10_000
-
-
 def test_the_tasks_of_the_repository_ask_as_training_scores():
     tasks = load_tasks([], TASKS)
     assert {task.name for task in tasks} == {"caption", "vqa", "chat"}
